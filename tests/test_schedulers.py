@@ -1,0 +1,369 @@
+"""Schedulers against diffusers, closed forms and the pitfalls that others fell into."""
+import dataclasses
+import json
+
+import diffusers
+import pytest
+import torch
+
+from tinydiff.schedulers.base import step_weights
+from tinydiff.schedulers.ddpm import DDPMScheduler
+from tinydiff.schedulers.flow_matching import FlowMatchingScheduler, make_scheduler, scheduler_from_config
+
+torch.set_num_threads(1)
+SPACINGS = ("trailing", "leading", "linspace")
+BETAS = ("scaled_linear", "linear", "squaredcos_cap_v2")
+TARGETS = ("epsilon", "x0", "v_prediction")
+STEPS = (1, 2, 7, 30, 50)
+
+
+@pytest.fixture(autouse=True)
+def seeded(seed):
+    torch.manual_seed(seed)
+
+
+def toy_model(dim=6):
+    "A smooth model of no merit: the same answer for the same question."
+    weight = torch.randn(dim, dim, dtype=torch.float64) / dim**0.5
+    return lambda x, t: torch.tanh(x.double() @ weight + float(t) / 1000).to(x.dtype)
+
+
+def walk(scheduler, timesteps, model, x, seed, **kwargs):
+    "All the samples on the way from x to the clean end."
+    generator, xs = torch.Generator().manual_seed(seed), [x]
+    for t in timesteps:
+        xs.append(scheduler.step(model(xs[-1], t), t, xs[-1], generator=generator, **kwargs).prev_sample)
+    return xs
+
+
+def assert_same_walk(ours, theirs, tolerance=1e-4):
+    "diffusers' tables are float32: its 1 - alpha-bar is wrong by up to 5e-4 of itself where it is small."
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a - b).abs().max() <= tolerance * b.abs().max().clamp(min=1)
+
+
+# ---- parity with diffusers -------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("prediction_type", TARGETS)
+@pytest.mark.parametrize("beta_schedule", BETAS)
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_ddpm_equals_diffusers(spacing, beta_schedule, prediction_type, seed):
+    ours = DDPMScheduler(timestep_spacing=spacing, beta_schedule=beta_schedule, prediction_type=prediction_type)
+    theirs = diffusers.DDPMScheduler.from_config(ours.to_config())
+    model, x = toy_model(), torch.randn(3, 6)
+    for n in STEPS:
+        ours.set_timesteps(n), theirs.set_timesteps(n)
+        assert ours.timesteps.tolist() == theirs.timesteps.tolist()
+        assert_same_walk(walk(ours, ours.timesteps, model, x, seed), walk(theirs, theirs.timesteps, model, x, seed))
+
+
+@pytest.mark.parametrize("prediction_type", TARGETS)
+@pytest.mark.parametrize("spacing, steps_offset", [("trailing", 0), ("leading", 0), ("leading", 1)])
+@pytest.mark.parametrize("eta", (0.0, 0.5, 1.0))
+@pytest.mark.parametrize("set_alpha_to_one", (True, False))
+def test_ddim_equals_diffusers(set_alpha_to_one, eta, spacing, steps_offset, prediction_type, seed):
+    ours = DDPMScheduler(eta=eta, timestep_spacing=spacing, steps_offset=steps_offset, prediction_type=prediction_type,
+                         set_alpha_to_one=set_alpha_to_one)
+    config = dataclasses.replace(ours, eta=0.0).to_config()
+    assert config["_class_name"] == "DDIMScheduler" and config["set_alpha_to_one"] == set_alpha_to_one
+    theirs = diffusers.DDIMScheduler.from_config(config)
+    model, x = toy_model(), torch.randn(3, 6)
+    # diffusers' DDIM finds the previous timestep by arithmetic, right only where the steps are all of one length
+    for n in (7, 30, 50) if spacing == "leading" else (20, 50):
+        ours.set_timesteps(n), theirs.set_timesteps(n)
+        assert ours.timesteps.tolist() == theirs.timesteps.tolist()
+        assert_same_walk(walk(ours, ours.timesteps, model, x, seed),
+                         walk(theirs, theirs.timesteps, model, x, seed, eta=eta))
+
+
+def test_fixed_large_equals_diffusers_until_the_last_step(seed):
+    ours = DDPMScheduler(variance_type="fixed_large")
+    theirs = diffusers.DDPMScheduler.from_config(ours.to_config())
+    ours.set_timesteps(30), theirs.set_timesteps(30)
+    model, x = toy_model(), torch.randn(3, 6)
+    a, b = walk(ours, ours.timesteps, model, x, seed), walk(theirs, theirs.timesteps, model, x, seed)
+    assert_same_walk(a[:-1], b[:-1])  # in the last one diffusers adds noise, and we do not
+
+
+def test_clip_sample_and_zero_terminal_snr_equal_diffusers(seed):
+    ours = DDPMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True, clip_sample=True)
+    theirs = diffusers.DDPMScheduler.from_config(ours.to_config())
+    ours.set_timesteps(25), theirs.set_timesteps(25)
+    model, x = toy_model(), 2 * torch.randn(3, 6)
+    assert_same_walk(walk(ours, ours.timesteps, model, x, seed), walk(theirs, theirs.timesteps, model, x, seed))
+
+
+@pytest.mark.parametrize("shift", (1.0, 3.0))
+@pytest.mark.parametrize("steps", STEPS)
+def test_flow_euler_equals_diffusers(steps, shift, seed):
+    ours = FlowMatchingScheduler(shift=shift)
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler.from_config(ours.to_config())
+    ours.set_timesteps(steps)
+    theirs.set_timesteps(sigmas=[1 - i / steps for i in range(steps)])
+    torch.testing.assert_close(ours.timesteps, theirs.timesteps)
+    model, x = toy_model(), torch.randn(3, 6)
+    assert_same_walk(walk(ours, ours.timesteps, model, x, seed), walk(theirs, theirs.timesteps, model, x, seed))
+
+
+@pytest.mark.parametrize("shift", (1.0, 3.0))
+@pytest.mark.parametrize("steps", STEPS)
+def test_flow_heun_equals_diffusers(steps, shift, seed):
+    ours = FlowMatchingScheduler(shift=shift, solver="heun")
+    theirs = diffusers.FlowMatchHeunDiscreteScheduler.from_config(ours.to_config())
+    ours.set_timesteps(steps), theirs.set_timesteps(steps)
+    assert len(ours.timesteps) == len(theirs.timesteps) == 2 * steps - 1
+    ours.timesteps = theirs.timesteps  # diffusers ends at sigma_min, shifted twice
+    model, x = toy_model(), torch.randn(3, 6)
+    assert_same_walk(walk(ours, ours.timesteps, model, x, seed), walk(theirs, theirs.timesteps, model, x, seed),
+                     tolerance=2e-4)  # diffusers computes x - (x - v sigma), which costs digits at small sigma
+
+
+@pytest.mark.parametrize("prediction_type", TARGETS)
+def test_training_side_equals_diffusers(prediction_type, seed):
+    ours = DDPMScheduler(prediction_type=prediction_type)
+    theirs = diffusers.DDPMScheduler.from_config(ours.to_config())
+    t, x_0, noise = torch.randint(0, 1000, (64,)), torch.randn(64, 3, 4), torch.randn(64, 3, 4)
+    close = dict(rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.add_noise(x_0, noise, t.float()), theirs.add_noise(x_0, noise, t), **close)
+    torch.testing.assert_close(ours.get_velocity(x_0, noise, t), theirs.get_velocity(x_0, noise, t), **close)
+    flow = FlowMatchingScheduler()
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler.from_config(flow.to_config())
+    times = theirs.timesteps[t]
+    torch.testing.assert_close(flow.add_noise(x_0, noise, times), theirs.scale_noise(x_0, times, noise))
+
+
+# ---- configurations --------------------------------------------------------------------------------------------------
+
+SCHEDULERS = [DDPMScheduler(), DDPMScheduler(eta=0.0, variance_type="fixed_large"), DDPMScheduler(eta=0.3),
+              DDPMScheduler(num_train_timesteps=100, prediction_type="x0"), DDPMScheduler(set_alpha_to_one=False),
+              DDPMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True),
+              FlowMatchingScheduler(), FlowMatchingScheduler(shift=3.0, weighting_scheme="logit_normal", logit_mean=0.5),
+              FlowMatchingScheduler(solver="heun")]
+
+
+@pytest.mark.parametrize("ours", SCHEDULERS, ids=str)
+def test_config_survives_json_and_diffusers(ours, caplog):
+    config = json.loads(json.dumps(ours.to_config()))
+    assert scheduler_from_config(config) == ours
+    assert type(ours).from_config(json.loads(json.dumps(ours.config))) == ours
+    theirs = getattr(diffusers, config["_class_name"]).from_config(config)  # diffusers reads ours ...
+    assert "will be ignored" not in caplog.text
+    again = scheduler_from_config({k: v for k, v in theirs.config.items()})  # ... and we read what it wrote
+    for name in ("num_train_timesteps", "prediction_type"): assert getattr(again, name) == getattr(ours, name)
+    if isinstance(ours, DDPMScheduler):
+        torch.testing.assert_close(theirs.alphas_cumprod.double(), ours.alphas_cumprod, rtol=1e-3, atol=1e-6)
+
+
+def test_stable_diffusion_config():
+    config = {"_class_name": "PNDMScheduler", "_diffusers_version": "0.6.0", "beta_end": 0.012, "beta_start": 0.00085,
+              "beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "set_alpha_to_one": False,
+              "skip_prk_steps": True, "steps_offset": 1, "trained_betas": None, "clip_sample": False}
+    scheduler = scheduler_from_config(config)
+    scheduler.set_timesteps(50)
+    assert scheduler.timesteps[[0, -1]].tolist() == [981, 1]  # "leading", which this file does not even mention
+    assert scheduler.eta == 0 and not scheduler.set_alpha_to_one and not scheduler.clip_sample
+
+
+@pytest.mark.parametrize("config, word", [
+    (dict(name="ddpm", beta_begin=0.1), "beta_begin"), (dict(name="flow", eta=1.0), "eta"),
+    (dict(name="euler"), "scheduler must be one of ddpm, flow"),
+    (dict(name="ddpm", prediction_type="sample"), "prediction_type must be one of epsilon, x0, v_prediction"),
+    (dict(name="ddpm", prediction_type="flow"), "prediction_type"),
+    (dict(name="ddpm", beta_schedule="quadratic"), "beta_schedule"),
+    (dict(name="ddpm", variance_type="learned"), "variance_type"),
+    (dict(name="ddpm", timestep_spacing="even"), "timestep_spacing"),
+    (dict(name="ddpm", rescale_betas_zero_snr=True), "rescale_betas_zero_snr"),
+    (dict(name="ddpm", eta=1.5), "eta"), (dict(name="ddpm", beta_end=1.5), "betas"),
+    (dict(name="ddpm", num_train_timesteps=0), "num_train_timesteps"),
+    (dict(name="flow", solver="rk4"), "solver"), (dict(name="flow", shift=0), "shift"),
+    (dict(name="flow", weighting_scheme="cosmap"), "weighting_scheme")], ids=str)
+def test_refusals(config, word):
+    with pytest.raises(ValueError, match=word) as error: make_scheduler(**config)
+    assert "\n" not in str(error.value)
+
+
+def test_refuses_what_it_cannot_do_in_a_diffusers_config():
+    for change in (dict(thresholding=True), dict(trained_betas=[0.1]), dict(no_such_key=1), dict(clip_sample_range=2.0)):
+        with pytest.raises(ValueError, match=next(iter(change))):
+            scheduler_from_config(DDPMScheduler().to_config() | change)
+    for change in (dict(use_dynamic_shifting=True), dict(use_karras_sigmas=True), dict(no_such_key=1)):
+        with pytest.raises(ValueError, match=next(iter(change))):
+            scheduler_from_config(FlowMatchingScheduler().to_config() | change)
+    with pytest.raises(ValueError, match="_class_name"): scheduler_from_config({})
+    with pytest.raises(ValueError, match="EulerDiscreteScheduler"): scheduler_from_config({"_class_name": "EulerDiscreteScheduler"})
+
+
+@pytest.mark.parametrize("scheduler, steps", [(DDPMScheduler(), 1001), (DDPMScheduler(), 0), (FlowMatchingScheduler(), 0)])
+def test_refuses_step_counts(scheduler, steps):
+    with pytest.raises(ValueError, match="num_inference_steps"): scheduler.set_timesteps(steps)
+
+
+def test_refuses_a_timestep_outside_the_chain():
+    scheduler = DDPMScheduler()
+    scheduler.set_timesteps(10)
+    with pytest.raises(ValueError, match="500"): scheduler.step(torch.zeros(1, 2), 500, torch.zeros(1, 2))
+
+
+# ---- pitfalls --------------------------------------------------------------------------------------------------------
+
+def test_stable_diffusion_alpha_bar():
+    assert abs(DDPMScheduler().alphas_cumprod[999].item() - 0.0046601) < 5e-8
+    assert abs(DDPMScheduler(beta_schedule="linear").alphas_cumprod - DDPMScheduler().alphas_cumprod).max() > 0.1
+
+
+@pytest.mark.parametrize("beta_schedule", BETAS[:2])
+def test_betas_follow_the_number_of_timesteps(beta_schedule):
+    log_snr = [DDPMScheduler(beta_schedule=beta_schedule, num_train_timesteps=n).get_snr(torch.tensor(n - 1)).log()
+               for n in (100, 1000, 4000)]
+    assert max(log_snr) - min(log_snr) < 0.4  # without the factor 1000 / T it would be 5 and more
+
+
+def test_zero_terminal_snr():
+    scheduler = DDPMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    assert scheduler.get_snr(torch.tensor(999)) == 0
+    torch.testing.assert_close(scheduler.alphas_cumprod[0], DDPMScheduler().alphas_cumprod[0])
+
+
+CHAINS = [DDPMScheduler(timestep_spacing=s) for s in SPACINGS] + [FlowMatchingScheduler(), FlowMatchingScheduler(shift=3.0)]
+
+
+@pytest.mark.parametrize("scheduler", CHAINS, ids=str)
+@pytest.mark.parametrize("steps", (7, 30, 50, 1000))
+def test_steps_form_a_chain(scheduler, steps):
+    scheduler.set_timesteps(steps)
+    times = scheduler.timesteps.tolist()
+    assert len(times) == steps and times == sorted(set(times), reverse=True)
+    assert [scheduler.previous_timestep(t) for t in scheduler.timesteps] == times[1:] + [scheduler.clean_timestep]
+    assert scheduler.timesteps.dtype == torch.float32 and 0 <= times[-1] and times[0] <= 1000
+
+
+@pytest.mark.parametrize("scheduler", [*CHAINS, DDPMScheduler(variance_type="fixed_large"),
+                                       FlowMatchingScheduler(solver="heun")], ids=str)
+def test_last_step_is_deterministic_and_clean(scheduler, seed):
+    scheduler.set_timesteps(7)
+    x, m = torch.randn(4, 3), torch.randn(4, 3)
+    out = [scheduler.step(m, scheduler.timesteps[-1], x) for _ in range(2)]
+    assert torch.equal(out[0].prev_sample, out[1].prev_sample)
+    assert torch.equal(out[0].prev_sample, out[0].pred_original_sample)
+    clean = torch.tensor([scheduler.clean_timestep])
+    assert [c.item() for c in scheduler.alpha_sigma(clean)] == [1, 0]
+
+
+@pytest.mark.parametrize("shift", (1.0, 3.0))
+def test_shift_is_applied_once(shift):
+    scheduler = FlowMatchingScheduler(shift=shift)
+    first = scheduler.timesteps.clone()
+    scheduler.set_timesteps(1000)
+    assert torch.equal(scheduler.timesteps, first)
+    assert abs(first[-1] - 1000 * shift * 0.001 / (1 + (shift - 1) * 0.001)) < 1e-6
+
+
+@pytest.mark.parametrize("scheduler", [
+    DDPMScheduler(), DDPMScheduler(eta=0.0), DDPMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True),
+    DDPMScheduler(prediction_type="x0", timestep_spacing="linspace", beta_schedule="squaredcos_cap_v2"),
+    FlowMatchingScheduler(), FlowMatchingScheduler(solver="heun", shift=3.0)], ids=str)
+def test_gaussian_oracle(scheduler, seed):
+    "Data N(0, 1) has an exact denoiser, E[x_0 | x_t] = alpha x_t / (alpha^2 + sigma^2): samples must have std 1."
+    scheduler.set_timesteps(1000)  # each step loses a little of the variance, in proportion to its length squared
+    x = torch.randn(20_000 if scheduler.eta else 100, dtype=torch.float64)
+    x = (x - x.mean()) / x.std()
+    for t in scheduler.timesteps:
+        alpha, sigma = scheduler.coefficients(t, x)
+        x_0 = alpha * x / (alpha**2 + sigma**2)
+        eps = sigma * x / (alpha**2 + sigma**2)
+        x = scheduler.step(scheduler.get_target(x_0, eps, t), t, x).prev_sample
+    assert abs(x.std() - 1) < (0.02 if scheduler.eta else 3e-3)
+
+
+@pytest.mark.parametrize("solver, order", (("euler", 1), ("heun", 2)))
+def test_order_of_convergence(solver, order):
+    "Data N(0, c^2): the exact flow carries x_1 to c x_1."
+    c, errors = 0.5, []
+    for steps in (16, 32, 64):
+        scheduler = FlowMatchingScheduler(solver=solver)
+        scheduler.set_timesteps(steps)
+        x = torch.ones(1, dtype=torch.float64)
+        for t in scheduler.timesteps:
+            alpha, sigma = scheduler.coefficients(t, x)
+            velocity = (sigma - alpha * c**2) / (alpha**2 * c**2 + sigma**2) * x
+            x = scheduler.step(velocity, t, x).prev_sample
+        errors.append(abs(x.item() - c))
+    slopes = [torch.tensor(a / b).log2().item() for a, b in zip(errors, errors[1:])]
+    assert all(abs(s - order) < 0.25 for s in slopes), slopes
+
+
+@pytest.mark.parametrize("eta", (0.0, 0.3, 1.0))
+def test_step_keeps_the_marginal(eta, seed):
+    "Whatever eta: with the true x_0 and eps, x_s has the mean and the variance of the path at s."
+    scheduler = DDPMScheduler(eta=eta)
+    for t, s in ((999, 979), (500, 100), (20, -1)):
+        (alpha_t, alpha_s), (sigma_t, sigma_s) = scheduler.alpha_sigma(torch.tensor([t, s], dtype=torch.float64))
+        a, b, c = step_weights(*map(float, (alpha_t, sigma_t, alpha_s, sigma_s)), eta)
+        assert abs(a - alpha_s) < 1e-12 and abs(b**2 + c**2 - sigma_s**2) < 1e-12
+
+
+def test_ddpm_step_is_the_posterior(seed):
+    "Ho et al. 2020, eq. 6 and 7, for every pair of neighbors."
+    scheduler = DDPMScheduler()
+    bar = torch.cat([scheduler.alphas_cumprod, torch.ones(1, dtype=torch.float64)])
+    x, x_0 = 1.3, -0.7
+    for t in range(1, 1000):
+        beta = 1 - bar[t] / bar[t - 1]
+        mean = (bar[t - 1].sqrt() * beta * x_0 + (1 - beta).sqrt() * (1 - bar[t - 1]) * x) / (1 - bar[t])
+        variance = (1 - bar[t - 1]) / (1 - bar[t]) * beta
+        a, b, c = scheduler.step_weights(t, t - 1)
+        eps = (x - bar[t].sqrt() * x_0) / (1 - bar[t]).sqrt()
+        assert abs(a * x_0 + b * eps - mean) < 1e-9 and abs(c**2 - variance) < 1e-12
+
+
+@pytest.mark.parametrize("scheduler", [*[DDPMScheduler(prediction_type=p) for p in TARGETS], FlowMatchingScheduler()], ids=str)
+def test_predict_inverts_get_target(scheduler, seed):
+    x_0, noise = torch.randn(64, 2, 5, dtype=torch.float64), torch.randn(64, 2, 5, dtype=torch.float64)
+    t = scheduler.sample_timesteps(64).clamp(min=1)
+    x_t = scheduler.add_noise(x_0, noise, t)
+    got = scheduler.predict(scheduler.get_target(x_0, noise, t), t, x_t)
+    for a, b in zip(got, (x_0, noise)): torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
+
+
+def test_min_snr_weights():
+    t = torch.arange(1000)
+    for prediction_type, weight in (("epsilon", lambda w, snr: w / snr), ("x0", lambda w, snr: w),
+                                    ("v_prediction", lambda w, snr: w / (snr + 1))):
+        scheduler = DDPMScheduler(prediction_type=prediction_type)
+        snr = scheduler.get_snr(t)
+        torch.testing.assert_close(scheduler.loss_weight(t, snr_gamma=5.0), weight(snr.clamp(max=5), snr), rtol=1e-4, atol=0)
+        assert (scheduler.loss_weight(t) == 1).all()
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32, torch.float64))
+@pytest.mark.parametrize("scheduler", (DDPMScheduler(), FlowMatchingScheduler()), ids=str)
+def test_dtypes_and_shapes(scheduler, dtype, seed):
+    x_0, noise = torch.randn(4, 3, 8, 8).to(dtype), torch.randn(4, 3, 8, 8).to(dtype)
+    t = torch.tensor([1, 300, 600, 999])
+    exact = scheduler.add_noise(x_0.double(), noise.double(), t)
+    for times in (t, t.float(), t.double()):
+        noisy = scheduler.add_noise(x_0, noise, times)
+        assert noisy.dtype == dtype
+        torch.testing.assert_close(noisy, exact.to(dtype), rtol=2e-2 if dtype.itemsize == 2 else 1e-5, atol=1e-5)
+    one = scheduler.timesteps[10]
+    out = scheduler.step(noise, one, x_0)
+    assert out.prev_sample.dtype == out.pred_original_sample.dtype == dtype
+    for single in (float(one), one.item()): assert torch.equal(scheduler.step(noise, single, x_0).pred_original_sample, out.pred_original_sample)
+
+
+def test_random_timesteps_depend_on_the_generator_alone():
+    for scheduler in (DDPMScheduler(), FlowMatchingScheduler(), FlowMatchingScheduler(weighting_scheme="logit_normal")):
+        draw = [scheduler.sample_timesteps(4096, generator=torch.Generator().manual_seed(s)) for s in (0, 0, 1)]
+        assert torch.equal(draw[0], draw[1]) and not torch.equal(draw[0], draw[2])
+        assert draw[0].dtype == torch.float32 and 0 <= draw[0].min() and draw[0].max() <= 1000
+    assert (draw[0] / 1000).logit().mean().abs() < 0.1 and abs((draw[0] / 1000).logit().std() - 1) < 0.1
+    assert (DDPMScheduler().sample_timesteps(4096) % 1 == 0).all()
+
+
+def test_heun_forgets_a_walk_that_was_left(seed):
+    scheduler, model = FlowMatchingScheduler(solver="heun"), toy_model()
+    scheduler.set_timesteps(5)
+    x = torch.randn(2, 6)
+    whole = walk(scheduler, scheduler.timesteps, model, x, seed)[-1]
+    walk(scheduler, scheduler.timesteps[:1], model, x, seed)  # stops between the two halves of a step
+    assert torch.equal(walk(scheduler, scheduler.timesteps, model, x, seed)[-1], whole)
