@@ -48,8 +48,8 @@ test: .venv/.with-dev  ## run every test and every notebook, offline
 lab: .venv/.with-notebooks  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir nbs
 
-site: .venv/.with-site  ## build the web pages into _docs/
-	$(BIN)/python -m sphinx -q -W --keep-going -c .github/site nbs _docs
+site: .venv/.with-site  ## build the web pages into _docs/html/
+	$(BIN)/python -m sphinx -q -W --keep-going -c .github/site -d _docs/doctrees nbs _docs/html
 
 readme: .venv/.with-notebooks  ## write README.md from nbs/index.ipynb
 	$(BIN)/python .github/site/readme.py

@@ -164,6 +164,13 @@ def test_stable_diffusion_config():
     assert scheduler.eta == 0 and not scheduler.set_alpha_to_one and not scheduler.clip_sample
 
 
+@pytest.mark.parametrize("name", ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "FlowMatchEulerDiscreteScheduler"))
+def test_what_a_file_does_not_say_means_what_diffusers_means(name):
+    ours, theirs = scheduler_from_config({"_class_name": name}), getattr(diffusers, name)()
+    common = set(ours.config) & set(theirs.config)
+    assert len(common) >= 2 and all(ours.config[key] == theirs.config[key] for key in common)
+
+
 @pytest.mark.parametrize("config, word", [
     (dict(name="ddpm", beta_begin=0.1), "beta_begin"), (dict(name="flow", eta=1.0), "eta"),
     (dict(name="euler"), "scheduler must be one of ddpm, flow"),

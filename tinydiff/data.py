@@ -12,7 +12,7 @@ __all__ = ['UNREADABLE', 'EMOJI_WORDINGS', 'IMAGE_COLUMNS', 'CAPTION_COLUMNS', '
 
 # %% ../nbs/02_data.ipynb #704b8326
 import csv, difflib, importlib, json, os, random, re, warnings, zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -50,7 +50,7 @@ def show_images(
     columns = max(1, min(columns, len(images)))
     rows = max(1, -(-len(images) // columns))
     lines = [textwrap.wrap(c, int(inches * 16)) for c in captions or [""] * len(images)]
-    below = 0.12 * max(map(len, lines), default=0) + 0.05           # inches for the longest caption
+    below = 0.135 * max(map(len, lines), default=0) + 0.09          # inches for the longest caption
     fig, axes = plt.subplots(rows, columns, figsize=(columns * inches, rows * (inches + below)), dpi=80,
                              squeeze=False, layout="constrained")
     for ax in axes.flat[len(images):]: ax.axis("off")

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['PRESETS', 'ARCHITECTURES', 'TrainConfig', 'Architecture', 'sized', 'generator_at', 'permutation', 'batch_indices',
            'StepSampler', 'learning_rate', 'EMA', 'write_atomically', 'optimizer_tensors', 'load_optimizer_tensors',
-           'save_checkpoint', 'load_checkpoint', 'Run', 'PixelStage', 'VAEStage', 'CLIPStage', 'captions_of',
-           'encode_dataset', 'cached_latents', 'DiffusionStage', 'attention_kernel', 'stop_signals', 'check_finite',
-           'forget_after', 'fit', 'parallel', 'has_bf16', 'describe_run', 'open_run', 'train', 'read_config', 'main']
+           'save_checkpoint', 'load_checkpoint', 'Run', 'ignore_signals', 'PixelStage', 'VAEStage', 'CLIPStage',
+           'captions_of', 'encode_dataset', 'cached_latents', 'DiffusionStage', 'attention_kernel', 'stop_signals',
+           'check_finite', 'forget_after', 'fit', 'parallel', 'has_bf16', 'describe_run', 'open_run', 'train',
+           'read_config', 'main']
 
 # %% ../nbs/11_train.ipynb #9a510b23
 import argparse
@@ -293,6 +294,12 @@ class Run:
         image.save(path)
 
 # %% ../nbs/11_train.ipynb #352dd268
+def ignore_signals(worker: int):
+    "A loader's worker leaves SIGTERM and Ctrl-C to the training process, which saves first."
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class PixelStage:
     "What the stages that look at pictures share: a data set, and its batches from a step on."
 
@@ -303,7 +310,8 @@ class PixelStage:
         sampler = StepSampler(len(self.dataset), self.batch_size, self.run.config.seed, step, self.steps)
         workers = self.run.config.num_workers
         mine = [self.run.mine(batch) for batch in sampler] if self.run.world > 1 else sampler
-        self.batches = iter(DataLoader(self.dataset, batch_sampler=mine, num_workers=workers, pin_memory=self.run.device.type == "cuda"))
+        self.batches = iter(DataLoader(self.dataset, batch_sampler=mine, num_workers=workers, worker_init_fn=ignore_signals,
+                                       pin_memory=self.run.device.type == "cuda"))
 
     def next_batch(self) -> tuple[Tensor, list[str]]:
         batch = next(self.batches)
@@ -395,7 +403,7 @@ def encode_dataset(run: Run, dataset: Dataset, vae: AutoencoderKL, tokenizer: CL
                 posterior = vae.encode(images.flip(-1) if flip else images)
                 parts.append(torch.cat([posterior.mean, posterior.logvar], dim=1).half().cpu())
         ids.append(tokenizer(batch["caption"]))
-    return {"moments": torch.stack([torch.cat(parts) for parts in moments], dim=1), "ids": torch.cat(ids)}
+    return {"moments": torch.stack([torch.cat(parts) for parts in moments], dim=1).contiguous(), "ids": torch.cat(ids)}
 
 
 def cached_latents(run: Run, dataset: Dataset, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> dict[str, Tensor]:

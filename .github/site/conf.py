@@ -1,4 +1,4 @@
-"The site: every notebook as a page, with the outputs it was committed with. `make site` builds it into _docs/."
+"The site: every notebook as a page, with the outputs it was committed with. `make site` builds it into _docs/html/."
 import re
 from configparser import ConfigParser
 from pathlib import Path

