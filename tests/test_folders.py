@@ -382,6 +382,7 @@ BAD = {
     "scaling factor 0": overwrite("vae/config.json", scaling_factor=0),
     "scaling factor NaN": text("vae/config.json", json.dumps({**vae_to_diffusers(VAE), "scaling_factor": float("nan")})),
     "other activation": overwrite("text_encoder/config.json", hidden_act="relu"),
+    "vocabulary size as text": overwrite("text_encoder/config.json", vocab_size="many"),
     "other eps": overwrite("text_encoder/config.json", layer_norm_eps=1e-3),
     "other model": overwrite("text_encoder/config.json", model_type="t5"),
     "unknown scheduler": overwrite("scheduler/scheduler_config.json", _class_name="EulerDiscreteScheduler"),
@@ -395,6 +396,8 @@ BAD = {
     "vocabulary of text": overwrite("tokenizer/vocab.json", a="zero"),
     "ids out of range": overwrite("tokenizer/vocab.json", a=-1),
     "merges of unknown parts": text("tokenizer/merges.txt", "#version: 0.2\nzz yy\n"),
+    "merges that make no token": lambda root: (root / "tokenizer/merges.txt").open("a").write("! !\n"),  # tokenizers panics here
+    "ids with a hole": overwrite("tokenizer/vocab.json", a=10**6),
     "merges of three": text("tokenizer/merges.txt", "a b c\n"),
     "length as text": overwrite("tokenizer/tokenizer_config.json", model_max_length="long"),
     "length of 10^30": overwrite("tokenizer/tokenizer_config.json", model_max_length=10**30),

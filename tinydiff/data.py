@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['UNREADABLE', 'EMOJI_WORDINGS', 'IMAGE_COLUMNS', 'CAPTION_COLUMNS', 'IMAGE_SUFFIXES', 'FOLDER_SPLITS', 'DATASETS',
            'to_rgb', 'show_images', 'image_to_tensor', 'tensor_to_images', 'flatten_captions', 'choose_caption',
-           'ImageItems', 'CaptionedImages', 'read_file', 'Dealt', 'StreamedImages', 'read_scene', 'with_article',
+           'ImageItems', 'read_file', 'CaptionedImages', 'Dealt', 'StreamedImages', 'read_scene', 'with_article',
            'emoji_captions', 'unknown', 'import_or_say', 'emoji_rows', 'choose_columns', 'read_metadata',
            'read_sidecars', 'folder_rows', 'HubDataset', 'open_repo', 'read_hub_row', 'Grouped', 'hub_rows',
            'is_folder', 'find_rows', 'load_captioned_images', 'show_items']
@@ -115,6 +115,14 @@ class ImageItems:
         return {"pixel_values": image_to_tensor(image, self.image_size),
                 "caption": choose_caption(captions, self.seed, self.epoch, index)}
 
+# %% ../nbs/02_data.ipynb #b3b61449
+def read_file(row: tuple) -> tuple[Image.Image, list[str]]:
+    "A path and its captions."
+    path, captions = row
+    with Image.open(path) as image: image.load()
+    if not captions: raise ValueError(f"no caption for {path}")
+    return image, captions
+
 # %% ../nbs/02_data.ipynb #dfbd893a
 class CaptionedImages(ImageItems, Dataset):
     """Pictures with captions at random access: `{"pixel_values": (3, H, W) in [-1, 1], "caption": str}`.
@@ -134,14 +142,6 @@ class CaptionedImages(ImageItems, Dataset):
 
     def __getitem__(self, index: int) -> dict:
         return self.item(index, *self.read(index))
-
-# %% ../nbs/02_data.ipynb #b3b61449
-def read_file(row: tuple) -> tuple[Image.Image, list[str]]:
-    "A path and its captions."
-    path, captions = row
-    with Image.open(path) as image: image.load()
-    if not captions: raise ValueError(f"no caption for {path}")
-    return image, captions
 
 # %% ../nbs/02_data.ipynb #d07e58e2
 class Dealt:

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .models.clip import ACTIVATIONS, CLIP, CLIPTextConfig, CLIPTextEncoder, CLIPTokenizer, CLIPVisionConfig
+from .models.clip import ACTIVATIONS, CLIP, END, START, CLIPTextConfig, CLIPTextEncoder, CLIPTokenizer, CLIPVisionConfig
 from .models.unet import UNet, UNetConfig
 from .models.vae import AutoencoderKL, VAEConfig
 from .schedulers.base import Scheduler
@@ -188,7 +188,8 @@ def text_to_transformers(config: CLIPTextConfig) -> dict:
 # %% ../nbs/15_stable_diffusion.ipynb #a2bdc336
 def text_from_transformers(config: dict, folder: Path = Path("text_encoder")) -> CLIPTextConfig:
     "Our config from transformers' config.json. The end token is the vocabulary's last: what CLIP's own file says there (2) is wrong."
-    ours = make_config(CLIPTextConfig, config | {"eos_token_id": config.get("vocab_size", 0) - 1}, folder)
+    size = config.get("vocab_size")
+    ours = make_config(CLIPTextConfig, config | {"eos_token_id": size - 1 if is_valid(size, int) else None}, folder)
     if ours.hidden_act not in ACTIVATIONS:
         raise ValueError(f"{folder} is for another architecture: hidden_act is {ours.hidden_act!r:.60}, supported: {', '.join(ACTIVATIONS)}")
     check_config({key: config[key] for key in REQUIRED["CLIPTextModel"] if key in config}, REQUIRED["CLIPTextModel"], folder)
@@ -276,7 +277,11 @@ def read_byte_pairs(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]
         vocab = read_json(folder / "vocab.json")
         lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
         pairs = [line for line in lines if line.strip() and not line.startswith("#version")]
-    return vocab, [(a, b) for a, b in (pair.split() if isinstance(pair, str) else pair for pair in pairs)]
+    merges = [(a, b) for a, b in (pair.split() if isinstance(pair, str) else pair for pair in pairs)]
+    needed = {START, END}.union(*((a, b, a + b) for a, b in merges))
+    if not needed <= vocab.keys() or sorted(vocab.values()) != list(range(len(vocab))):
+        raise ValueError(f"the vocabulary must count from 0 and hold {START}, {END} and what the merges make")
+    return vocab, merges
 
 # %% ../nbs/15_stable_diffusion.ipynb #0ede794c
 def load_tokenizer(folder: str | Path) -> CLIPTokenizer:
