@@ -25,7 +25,7 @@ from tinydiff.models.vae import AutoencoderKL, VAEConfig
 from tinydiff.sample import TextToImage, start_noise
 from tinydiff.schedulers.flow_matching import make_scheduler
 from tinydiff.stable_diffusion import (
-    check_parts, fetch, load_clip, load_scheduler, load_text_encoder, load_tokenizer, load_unet, load_vae, read_json, read_weights,
+    check_parts, fetch, load_clip, load_scheduler, load_text_encoder, load_tokenizer, load_unet, load_vae, read_json,
     save_component, text_to_transformers, unet_to_diffusers, vae_to_diffusers, write_json,
 )
 
@@ -360,7 +360,7 @@ BAD = {
     "deep": text("vae/config.json", 200_000 * "[" + 200_000 * "]"),
     "empty object": text("text_encoder/config.json", "{}"),
     "empty unet": text("unet/config.json", "{}"),
-    "oversized": lambda root: (root / "unet/config.json").write_bytes(b"{}" + 60_000_000 * b" "),
+    "oversized": lambda root: (root / "unet/config.json").open("ab").write(60_000_000 * b" "),  # still valid JSON
     "channels as text": overwrite("unet/config.json", block_out_channels="many"),
     "channels nested": overwrite("unet/config.json", block_out_channels=[[16], [32]]),
     "no levels": overwrite("vae/config.json", block_out_channels=[]),

@@ -358,9 +358,9 @@ class SampleConfig:
 # %% ../nbs/12_sample.ipynb #2340834c
 def first_complaint(box: str) -> str:
     "The first sentence of an error that tyro has put in a frame."
-    lines = [line.strip(" │") for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()]
-    body = [line for line in lines if line and not line.startswith(("╭", "╰"))]
-    end = next((i for i, line in enumerate(body) if not line.strip("─")), len(body))
+    lines = [line.strip(" │|") for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()]
+    body = [line for line in lines if line][1:]  # without the title
+    end = next((i for i, line in enumerate(body) if not line.strip("─-╰╯+")), len(body))
     return " ".join(" ".join(body[:end]).split())
 
 

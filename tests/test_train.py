@@ -1,0 +1,503 @@
+"Training: every stage learns, stops and goes on as if it had never stopped; mistakes cost one line; what it writes can be sampled from."
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import tinydiff.sample
+import tinydiff.train
+from tinydiff.data import image_to_tensor
+from tinydiff.models.clip import CLIPTextConfig, CLIPVisionConfig
+from tinydiff.models.unet import UNetConfig
+from tinydiff.models.vae import AutoencoderKL, VAEConfig
+from tinydiff.sample import TextToImage
+from tinydiff.stable_diffusion import load_vae
+from tinydiff.train import (
+    EMA, PRESETS, Architecture, EncodedData, Run, StepSampler, TrainConfig, batch_indices, config_from_dict, fit, forget_after, learning_rate,
+    load_checkpoint, load_optimizer_tensors, load_parts, open_dataset, optimizer_tensors, plot_metrics, read_config, read_metrics, save_checkpoint,
+    scaling_factor, train,
+)
+
+torch.set_num_threads(1)
+SMALL = Architecture(
+    VAEConfig(block_out_channels=(8, 16), norm_num_groups=4),
+    CLIPTextConfig(vocab_size=560, hidden_size=16, num_hidden_layers=1, intermediate_size=32, projection_dim=16),
+    CLIPVisionConfig(patch_size=8, hidden_size=16, num_hidden_layers=1, intermediate_size=32, projection_dim=16),
+    UNetConfig(block_out_channels=(8, 16), cross_attention=(False, True), num_heads=2, cross_attention_dim=16, norm_num_groups=4),
+)
+QUICK = dict(image_size=16, subset_size=24, num_workers=0, steps=2, vae_steps=2, clip_steps=2, batch_size=5, vae_batch_size=5, clip_batch_size=5,
+             warmup=3, log_every=1, precision="fp32", device="cpu")
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setitem(tinydiff.train.ARCHITECTURES, "tiny", SMALL)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    "A folder with a VAE, a text encoder and a UNet that have seen two steps."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(tinydiff.train.ARCHITECTURES, "tiny", SMALL)
+        return train(TrainConfig(stage="all", out=str(tmp_path_factory.mktemp("base") / "run"), **QUICK))
+
+
+def on(base, **more):
+    "A configuration of the diffusion stage on trained parts."
+    return TrainConfig(**QUICK | dict(vae=str(base), text_encoder=str(base)) | more)
+
+
+def run_command(monkeypatch, capsys, *args, command=tinydiff.train.main):
+    "Exit status, standard output and standard error of a command that is called in this process."
+    monkeypatch.setattr(sys, "argv", ["command", *map(str, args)])
+    capsys.readouterr()
+    try:
+        status = command() or 0
+    except SystemExit as stop:
+        status = stop.code or 0
+    return status, *capsys.readouterr()
+
+
+def interrupt(monkeypatch, after_step, number=signal.SIGTERM):
+    "Let this process get a signal in the middle of a step."
+    check = tinydiff.train.check_finite
+
+    def check_and_kill(loss, norm, stage, step):
+        check(loss, norm, stage, step)
+        if step + 1 == after_step:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(tinydiff.train, "check_finite", check_and_kill)
+
+
+# --- resume
+
+def assert_same_run(left, right, stage, step):
+    "All weights, averages, optimizer states and log lines are equal, to the last bit."
+    for name in ("model", "ema", "optimizer"):
+        a, b = (load_file(run / "checkpoints" / stage / f"{step:07}" / f"{name}.safetensors") for run in (left, right))
+        assert a.keys() == b.keys() and a
+        different = [key for key in a if not torch.equal(a[key], b[key])]
+        assert not different, f"{name}: {different[:3]}"
+    timeless = [[{k: v for k, v in record.items() if k != "images_per_s"} for record in read_metrics(run)] for run in (left, right)]
+    assert timeless[0] == timeless[1] and len(timeless[0]) == step
+
+
+@pytest.mark.parametrize("stage, options", [
+    ("vae", dict(num_workers=2)),
+    ("vae", dict(flip=True, grad_accum=2, vae_batch_size=6, batch_size=6)),
+    ("clip", dict()),
+    ("clip", dict(num_workers=2)),
+    ("diffusion", dict(num_workers=2, flip=True)),
+    ("diffusion", dict(scheduler="ddpm", prediction_type="v_prediction", snr_gamma=5.0, grad_checkpoint=True)),
+], ids=lambda value: value if isinstance(value, str) else "-".join(value))
+def test_resumed_equals_uninterrupted(base, tmp_path, monkeypatch, stage, options):
+    "20 steps, and 10 steps, SIGTERM, 10 steps: mid-epoch, for every stage and both schedulers, with and without workers."
+    parts = dict(vae=str(base), text_encoder=str(base)) if stage == "diffusion" else {}
+    config = TrainConfig(**QUICK | dict(stage=stage, steps=20, vae_steps=20, clip_steps=20) | parts | options)
+    whole = train(dataclasses.replace(config, out=str(tmp_path / "whole")))
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        interrupt(patch, 10)
+        train(dataclasses.replace(config, out=str(tmp_path / "parts")))
+    assert stop.value.code == 0 and [p.name for p in (tmp_path / "parts/checkpoints" / stage).iterdir()] == ["0000010"]
+    resumed = train(read_config(["--resume", "--out", str(tmp_path / "parts")]))
+    assert_same_run(whole, resumed, stage, 20)
+
+
+def test_all_stages_resume(base, tmp_path, monkeypatch):
+    "Stopped in the second of three stages, before its first checkpoint: the first stays, the others are as if nothing had been."
+    config = TrainConfig(stage="all", out=str(tmp_path / "run"), **QUICK)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(tinydiff.train.CLIPStage, "loss", lambda *args: 1 / 0)
+        train(config)
+    assert not (tmp_path / "run/clip").exists() and not (tmp_path / "run/model_index.json").exists()
+    train(read_config(["--resume", "--out", config.out]))
+    for part in ("vae", "unet"):
+        a, b = (load_file(folder / part / "diffusion_pytorch_model.safetensors") for folder in (base, tmp_path / "run"))
+        assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_ctrl_c(base, tmp_path, monkeypatch, capsys):
+    interrupt(monkeypatch, 2, signal.SIGINT)
+    status, _, said = run_command(monkeypatch, capsys, *flags(on(base, steps=5)), "--out", tmp_path / "run")
+    assert status == 130 and "saved after step 2 of 5" in said and "--resume --out" in said and "Traceback" not in said
+
+
+def test_kill_in_the_middle_of_a_checkpoint(base, tmp_path, monkeypatch):
+    "kill -9 while a checkpoint is being written: the one before loads, and the end is the same."
+    config = on(base, steps=12, checkpoint_every=4)
+    whole = train(dataclasses.replace(config, out=str(tmp_path / "whole")))
+    child = os.fork()
+    if child == 0:
+        save, calls = tinydiff.train.save_file, []
+
+        def save_and_die(tensors, path, **settings):
+            save(tensors, path, **settings)
+            if "0000008" in str(path) and str(path).endswith("ema.safetensors"):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        tinydiff.train.save_file = save_and_die
+        train(dataclasses.replace(config, out=str(tmp_path / "killed")))
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    checkpoints = tmp_path / "killed/checkpoints/diffusion"
+    assert sorted(p.name for p in checkpoints.iterdir()) == [".0000008.tmp", "0000004"] and len(read_metrics(tmp_path / "killed")) == 8
+    with open(tmp_path / "killed/metrics.jsonl", "a") as file:
+        file.write('{"stage": "diffusion", "st')  # a line cut short
+    resumed = train(read_config(["--resume", "--out", str(tmp_path / "killed")]))
+    assert_same_run(whole, resumed, "diffusion", 12)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "missing", "empty"])
+def test_damaged_checkpoint(base, tmp_path, capsys, damage):
+    "The newest checkpoint cannot be used: the one before is."
+    config = on(base, steps=6, checkpoint_every=2, keep=3)
+    whole = train(dataclasses.replace(config, out=str(tmp_path / "whole")))
+    run = tmp_path / "damaged"
+    shutil.copytree(whole, run)
+    file = run / "checkpoints/diffusion/0000006/model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-7] ^= 1
+    {"cut": lambda: file.write_bytes(content[: len(content) // 2]), "flip": lambda: file.write_bytes(content), "missing": file.unlink,
+     "empty": lambda: file.write_bytes(b"")}[damage]()
+    resumed = train(read_config(["--resume", "--out", str(run)]))
+    assert "0000006 cannot be read" in capsys.readouterr().err
+    assert_same_run(whole, resumed, "diffusion", 6)
+
+
+def test_only_the_newest_checkpoints_stay(base, tmp_path):
+    run = train(on(base, steps=5, checkpoint_every=1, keep=2, out=str(tmp_path / "run")))
+    assert sorted(p.name for p in (run / "checkpoints/diffusion").iterdir()) == ["0000004", "0000005"]
+
+
+def test_optimizer_state_keeps_its_layout(rng):
+    "Moments saved and loaded go on as if they had stayed, for weights in channels_last, of which the file knows nothing."
+    def model():
+        torch.manual_seed(0)
+        net = nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last)
+        return net, torch.optim.AdamW(net.parameters(), lr=0.01, fused=True)
+
+    def learn(net, optimizer, batches):
+        for x in batches:
+            net(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    batches = torch.randn(8, 2, 4, 6, 6, generator=rng)
+    straight, restarted, saved = model(), model(), model()
+    learn(*straight, batches)
+    learn(*saved, batches[:4])
+    restarted[0].load_state_dict(saved[0].state_dict())
+    load_optimizer_tensors(restarted[1], {k: v.contiguous() for k, v in optimizer_tensors(saved[1]).items()})
+    learn(*restarted, batches[4:])
+    assert torch.equal(straight[0].weight, restarted[0].weight)
+
+
+def test_more_steps_keep_the_order(base, tmp_path):
+    "Which pictures a step sees does not depend on how many steps there will be, nor what they look like encoded."
+    runs = [Run(on(base, subset_size=40, steps=steps), tmp_path, torch.device("cpu"), False) for steps in (2, 3, 100)]
+    data = [EncodedData(run, open_dataset(run.config), load_parts(base, base)) for run in runs]
+    assert [len(d.cached["moments"]) for d in data] == [10, 15, 40]
+    for step in range(2):
+        for other in data[1:]:
+            assert torch.equal(data[0].ids(step), other.ids(step))
+            torch.testing.assert_close(data[0].latents(step), other.latents(step), rtol=0, atol=2e-3)
+
+
+# --- data order, learning rate, average
+
+def test_batches_are_functions_of_seed_and_step(seed):
+    n, batch = 24, 5
+    seen = [i for step in range(48) for i in batch_indices(n, batch, seed, step)]
+    epochs = [seen[i : i + n] for i in range(0, len(seen), n)]
+    assert all(sorted(epoch) == list(range(n)) for epoch in epochs) and len({tuple(epoch) for epoch in epochs}) == len(epochs)
+    sampler = list(StepSampler(n, batch, seed, 7, 11))
+    assert sampler == [batch_indices(n, batch, seed, step) for step in range(7, 11)]
+    shares = [list(StepSampler(n, 6, seed, 3, 5, rank, 3)) for rank in range(3)]
+    for whole, *parts in zip(StepSampler(n, 6, seed, 3, 5), *shares):
+        assert sorted(whole) == sorted(sum(parts, [])) and {len(p) for p in parts} == {2}
+
+
+def test_learning_rate():
+    rates = [learning_rate(step, 100, 2.0, 10) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)]) and rates[10] == pytest.approx(2.0)
+    assert rates[55] == pytest.approx(1.0) and rates[-1] < 1e-2 and all(a > b for a, b in zip(rates[10:], rates[11:]))
+
+
+def test_ema_of_a_scalar(rng):
+    "The closed form: each value weighs (1 - d) times the decays after it; early decays are (1 + step) / (10 + step)."
+    values = torch.randn(30, generator=rng, dtype=torch.float64).tolist()
+    model = nn.Linear(1, 1, bias=False).to(torch.bfloat16)
+    model.weight.data.fill_(1.0)
+    ema, decays = EMA(model, 0.7), [min(0.7, (1 + step) / (10 + step)) for step in range(30)]
+    assert decays[0] == 0.1 and decays[20] == 0.7
+    expected = math.prod(decays)
+    for step, value in enumerate(values):
+        model.weight.data.fill_(value)
+        ema.update(model, step)
+        expected += (1 - decays[step]) * math.prod(decays[step + 1 :]) * model.weight.item()
+    assert ema.model.weight.dtype == torch.float32 and ema.model.weight.item() == pytest.approx(expected, abs=1e-5)
+    assert model.weight.item() == pytest.approx(values[-1], abs=0.02), "the weights themselves are not touched"
+
+
+# --- latents and captions
+
+@pytest.fixture
+def encoded(base, tmp_path):
+    "The encoded scenes, as flips and dropout would have them."
+    run = Run(on(base, flip=True, steps=1000, batch_size=24, caption_dropout=0.3), tmp_path, torch.device("cpu"), False)
+    return EncodedData(run, open_dataset(run.config), load_parts(base, base))
+
+
+def test_captions_are_dropped_one_by_one(encoded):
+    dropped = torch.stack([(encoded.ids(step) == encoded.null_ids).all(dim=1) for step in range(200)])
+    assert abs(dropped.float().mean() - 0.3) < 0.03, "4,800 throws: three standard deviations are 0.02"
+    assert 0.02 < dropped.float().mean(dim=1).var() * 24 / (0.3 * 0.7) * 0.5, "the rate of a batch varies"
+    assert not (dropped.all(dim=1) | ~dropped.any(dim=1)).float().mean() > 0.05, "a coin for the batch"
+
+
+def test_cached_latents_are_fresh_each_epoch(base, encoded):
+    "Two epochs differ by more than their order; both mirrors occur; each is what the VAE says of that mirror."
+    dataset, vae = encoded.run.mine, load_vae(base / "vae")
+    scenes = open_dataset(encoded.run.config)
+    images = torch.stack([scenes[i]["pixel_values"] for i in range(24)])
+    with torch.no_grad():
+        means = [vae.encode(x).mean * vae.config.scaling_factor for x in (images, images.flip(-1))]
+    mirrored, samples = torch.zeros(40, 24), torch.zeros(40, 24, *means[0].shape[1:])
+    for epoch in range(40):  # one batch is one epoch here
+        items = batch_indices(24, 24, 0, epoch)
+        latents = encoded.latents(epoch)
+        distance = torch.stack([(latents - mean[items]).square().sum(dim=(1, 2, 3)) for mean in means])
+        mirrored[epoch, items], samples[epoch, items] = (distance[1] < distance[0]).float(), latents
+    assert (samples[0] != samples[1]).float().mean() > 0.99
+    posterior_is_wide = (samples.std(dim=0).mean() > 1e-3).item()
+    assert posterior_is_wide and (encoded.cached["moments"][:, 0] - encoded.cached["moments"][:, 1]).abs().max() > 0
+
+
+def test_both_mirrors_are_used(encoded, monkeypatch):
+    "Where the posterior is narrow, a latent is one of two: each about half of the time."
+    encoded.cached["moments"][:, 0], encoded.cached["moments"][:, 1] = 1.0, -1.0
+    encoded.cached["moments"][:, :, 4:] = -30.0
+    coins = torch.stack([encoded.latents(step)[:, 0, 0, 0].sign() for step in range(60)])
+    assert set(coins.unique().tolist()) == {-1.0, 1.0} and abs(coins.mean()) < 0.1
+    assert coins.mean(dim=1).abs().max() < 1, "a coin for each picture, not for the batch"
+
+
+def test_cache_is_made_anew_when_it_must(base, tmp_path, monkeypatch):
+    made, encode = [], tinydiff.train.encode_dataset
+    monkeypatch.setattr(tinydiff.train, "encode_dataset", lambda *args: made.append(1) or encode(*args))
+    out = str(tmp_path / "run")
+    for more, count in [({}, 1), (dict(steps=3), 2), (dict(steps=4, flip=True), 3), (dict(steps=4, flip=True, lr=0.5), 3)]:
+        train(on(base, out=out, resume=count > 1, **dict(steps=2) | more))
+        assert len(made) == count, more
+    (tmp_path / "run/latents.safetensors").write_bytes(b"damaged")
+    train(on(base, out=out, resume=True, steps=5, flip=True))
+    assert len(made) == 4
+
+
+def test_every_caption_is_used(base, tmp_path):
+    "An item with several captions gives another one from time to time, in stages 2 and 3."
+    folder = picture_folder(tmp_path / "data", captions=3)
+    run = Run(on(base, dataset=str(folder), subset_size=0, caption_dropout=0.0, steps=50), tmp_path, torch.device("cpu"), False)
+    data = EncodedData(run, open_dataset(run.config), load_parts(base, base))
+    assert len({tuple(row) for step in range(50) for row in data.ids(step).tolist()}) == 9 == len(data.cached["ids"])
+    stage = tinydiff.train.PixelStage(run, open_dataset(run.config), 5, 50)
+    stage.start(0)
+    assert len({caption for step in range(50) for caption in stage.pictures(step)[1]}) == 9
+
+
+def test_scaling_factor(tmp_path, rng):
+    "Latents times the factor have a standard deviation of about 1, also after a round trip through a folder."
+    run = train(TrainConfig(**QUICK | dict(stage="vae", vae_steps=40, vae_batch_size=8, vae_lr=3e-3, out=str(tmp_path / "run"))))
+    vae = load_vae(run / "vae")
+    assert vae.config.scaling_factor != 1.0
+    dataset = open_dataset(TrainConfig(**QUICK | dict(split="validation")))
+    with torch.no_grad():
+        latents = vae.encode(torch.stack([item["pixel_values"] for item in map(dataset.__getitem__, range(24))])).sample(rng)
+    assert 0.9 < (latents * vae.config.scaling_factor).std() < 1.1
+
+
+# --- what goes wrong
+
+def test_non_finite_loss(base, tmp_path, monkeypatch):
+    "The run stops before the update, names step and batch, and can go on."
+    config = on(base, steps=6, checkpoint_every=1, out=str(tmp_path / "run"))
+    loss = tinydiff.train.DiffusionStage.loss
+    calls = []
+
+    def poisoned(self, *args):
+        value, numbers = loss(self, *args)
+        calls.append(1)
+        return value * (math.nan if len(calls) == 4 else 1.0), numbers
+
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"^step 4 of stage diffusion: loss nan.*items \d+"):
+        patch.setattr(tinydiff.train.DiffusionStage, "loss", poisoned)
+        train(config)
+    kept = load_file(tmp_path / "run/checkpoints/diffusion/0000003/model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in kept.values()) and len(read_metrics(tmp_path / "run")) == 3
+    train(dataclasses.replace(config, resume=True))
+
+
+def flags(config):
+    "A command line that asks for this configuration."
+    default, given = TrainConfig(), dataclasses.asdict(config)
+    pairs = [(k, v) for k, v in given.items() if v != getattr(default, k) and k != "out"]
+    return [word for k, v in pairs for word in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
+
+
+BAD = {
+    "unknown data set": (["--dataset", "sceens"], "there is no data set 'sceens'.*scenes"),
+    "unknown split": (["--split", "trian"], "trian"),
+    "no such folder": (["--dataset", "./nowhere"], "nowhere"),
+    "hub without network": (["--dataset", "nobody/nothing"], "nobody/nothing"),
+    "unknown scheduler": (["--scheduler", "pndm"], "invalid choice 'pndm'.*ddpm"),
+    "unknown preset": (["--preset", "huge"], "unknown preset 'huge'; there are laptop, gpu"),
+    "unknown flag": (["--stepz", "3"], "--stepz.*--steps"),
+    "no number": (["--steps", "many"], "--steps.*many"),
+    "no value": (["--steps"], "--steps"),
+    "out without value": (["--out"], "--out"),
+    "0 steps": (["--steps", "0"], "--steps must be at least 1, not 0"),
+    "batch of 0": (["--batch_size", "0"], "--batch_size must be at least 1"),
+    "negative": (["--num_workers", "-1"], "--num_workers must be at least 0"),
+    "not finite": (["--lr", "nan"], "--lr must be float, not nan"),
+    "share": (["--caption_dropout", "1.5"], "--caption_dropout must be between 0 and 1"),
+    "flow has no prediction type": (["--prediction_type", "x0"], "--scheduler ddpm"),
+    "parts": (["--grad_accum", "7"], "multiple of 7"),
+    "device": (["--device", "gpu"], "--device gpu"),
+    "no VAE": (["--vae", "/nowhere"], "/nowhere"),
+    "not a checkpoint": (["--vae", "EMPTY"], "config.json is missing"),
+    "half a checkpoint": (["--text_encoder", "HALF"], "tokenizer"),
+    "UNet for another VAE": (["--unet", "OTHER"], "do not fit|another architecture"),
+    "VAE in stage all": (["--stage", "all"], "--vae.*--stage diffusion"),
+    "odd size": (["--image_size", "18"], "--image_size must be a multiple of 4"),
+    "resume nothing": (["--resume", "--out", "/nowhere"], "/nowhere"),
+    "resume without out": (["--resume"], "--resume needs --out"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_mistakes_cost_one_line(base, tmp_path, monkeypatch, capsys, name):
+    "Exit status 2, one line that says what is wrong, and nothing is written."
+    args, message = BAD[name]
+    for folder in ("EMPTY", "HALF", "OTHER"):
+        (tmp_path / folder).mkdir()
+    shutil.copytree(base / "text_encoder", tmp_path / "HALF/text_encoder")
+    wide = tinydiff.train.UNet(dataclasses.replace(SMALL.unet, in_channels=6))
+    tinydiff.train.save_component(wide, tmp_path / "OTHER")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    last = [] if "--out" in args or name == "resume without out" else ["--out", tmp_path / "run"]
+    status, _, said = run_command(monkeypatch, capsys, *flags(on(base)), *args, *last)
+    assert status == 2, said
+    lines = [line for line in said.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: ") and len(lines[0]) < 500, said
+    __import__("re").search(message, lines[0]) or pytest.fail(f"{lines[0]!r} does not say {message!r}")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_emoji_of_odd_size(base, tmp_path, monkeypatch, capsys):
+    status, _, said = run_command(monkeypatch, capsys, "--dataset", "emoji", "--image_size", 301, "--stage", "vae", "--out", tmp_path / "run")
+    assert status == 2 and "--image_size must be a multiple of 2" in said and not (tmp_path / "run").exists()
+
+
+def test_folder_that_cannot_be_written(base, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    status, _, said = run_command(monkeypatch, capsys, *flags(on(base)), "--out", tmp_path / "file/run")
+    assert status == 2 and "cannot be written" in said and len(said.strip().splitlines()) == 1
+
+
+def test_a_run_is_not_overwritten(base, monkeypatch, capsys):
+    before = (base / "run.json").read_bytes()
+    status, _, said = run_command(monkeypatch, capsys, "--out", base)
+    assert status == 2 and "already holds a run" in said and (base / "run.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(step=3), "unknown configuration key 'step'; did you mean 'steps'"), (dict(steps="many"), "--steps must be int"),
+    (dict(flip=1), "--flip must be bool"), (dict(stage="unet"), "--stage must be one of vae"), (dict(subset_size=-1), "--subset_size"),
+    (dict(seed=2**63), "--seed"),
+])
+def test_stored_configuration_is_checked(base, tmp_path, monkeypatch, capsys, change, message):
+    stored = json.loads((base / "run.json").read_text())
+    stored["config"] |= change
+    (tmp_path / "run.json").write_text(json.dumps(stored))
+    status, _, said = run_command(monkeypatch, capsys, "--resume", "--out", tmp_path)
+    assert status == 2 and message in said and len(said.strip().splitlines()) == 1
+
+
+def test_configuration_survives_json(seed):
+    for config in (*PRESETS.values(), TrainConfig(seed=seed, snr_gamma=5.0, scheduler="ddpm", out="there")):
+        assert config_from_dict(json.loads(json.dumps(dataclasses.asdict(config)))) == config
+    assert read_config(["--preset", "gpu", "--steps", "7"]) == dataclasses.replace(PRESETS["gpu"], steps=7)
+    assert read_config(["--seed=3", "--out=x", "--flip"]) == TrainConfig(seed=3, out="x", flip=True)
+
+
+def test_checkpoint_of_other_networks(base, tmp_path, monkeypatch, capsys):
+    shutil.copytree(base, tmp_path / "run")
+    wider = dataclasses.replace(SMALL, vae=dataclasses.replace(SMALL.vae, block_out_channels=(8, 24)))
+    monkeypatch.setitem(tinydiff.train.ARCHITECTURES, "tiny", wider)
+    status, _, said = run_command(monkeypatch, capsys, "--resume", "--out", tmp_path / "run")
+    assert status == 2 and "is for other networks" in said
+
+
+# --- from data to pictures
+
+def picture_folder(folder, captions=1, count=3):
+    "A local data set: few pictures, of other sizes and modes than the model's."
+    folder.mkdir()
+    for i in range(count):
+        Image.new("RGBA" if i else "L", (20 + i, 31), (40 * i, 200, 90, 255) if i else 77).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text("\n".join(f"caption {j} of picture {i}" for j in range(captions)))
+    return folder
+
+
+@pytest.mark.parametrize("dataset", ["scenes", "emoji", "folder"])
+def test_train_then_sample(tmp_path, monkeypatch, capsys, dataset):
+    "All stages by the command, then pictures by the other command; a data set smaller than a batch will do."
+    name = str(picture_folder(tmp_path / "data")) if dataset == "folder" else dataset
+    config = TrainConfig(stage="all", **QUICK | dict(dataset=name, num_workers=1))
+    status, said, _ = run_command(monkeypatch, capsys, *flags(config), "--out", tmp_path / "run")
+    assert status == 0 and "tinydiff-sample" in said
+    assert {p.name for p in (tmp_path / "run/samples").iterdir()} == {f"{s}-000002.png" for s in ("vae", "clip", "diffusion")}
+    args = ["--checkpoint", tmp_path / "run", "--prompt", "a red boat", "", "--steps", "2", "--device", "cpu", "--out", tmp_path / "out"]
+    status, said, error = run_command(monkeypatch, capsys, *args, command=tinydiff.sample.main)
+    assert status == 0, error
+    images = [Image.open(tmp_path / f"out/{i:03}.png") for i in range(2)]
+    assert all(image.size == (16, 16) and len(image.getcolors(256)) > 1 for image in images)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "x0", "v_prediction"])
+def test_ddpm_then_sample(base, tmp_path, prediction_type):
+    run = train(on(base, scheduler="ddpm", prediction_type=prediction_type, out=str(tmp_path / "run")))
+    pipe = TextToImage.from_pretrained(run)
+    assert pipe.scheduler.prediction_type == prediction_type
+    assert pipe("a red boat", num_inference_steps=3)[0].size == (16, 16)
+
+
+def test_start_from_a_unet(base, tmp_path):
+    run = train(on(base, unet=str(base), lr=1e-12, out=str(tmp_path / "run")))
+    a, b = (load_file(folder / "unet/diffusion_pytorch_model.safetensors") for folder in (base, run))
+    assert all(torch.allclose(a[key], b[key], atol=1e-6) for key in a)
+
+
+def test_metrics_are_drawn(base, tmp_path):
+    figure = plot_metrics(base)
+    assert [ax.get_title().split(":")[0] for ax in figure.axes] == ["vae", "clip", "diffusion"]
+    assert len(figure.axes[2].lines[0].get_xdata()) == 2
+    with pytest.raises(FileNotFoundError, match="no run"):
+        plot_metrics(tmp_path)
+
+
+def test_tensorboard(base, tmp_path):
+    pytest.importorskip("tensorboard")
+    run = train(on(base, tensorboard=True, out=str(tmp_path / "run")))
+    assert any((run / "tensorboard").iterdir())
