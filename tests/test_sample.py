@@ -420,8 +420,8 @@ def test_help_is_no_error(cli):
 
 
 BAD_FLAGS = {
-    "unknown flag": (["--stps", 3], "--stps"), "unknown sampler": (["--scheduler", "euler"], "euler"), "steps 0": (["--steps", 0], "num_inference_steps"),
-    "steps -1": (["--steps", -1], "num_inference_steps"), "steps x": (["--steps", "x"], "x"), "no images": (["--num_images", 0], "num_images"),
+    "unknown flag": (["--stps", 3], "Unrecognized options: --stps"), "unknown sampler": (["--scheduler", "euler"], "invalid choice 'euler'"), "steps 0": (["--steps", 0], "error: steps must be"),
+    "steps -1": (["--steps", -1], "steps must be"), "steps x": (["--steps", "x"], "parsing --steps"), "no images": (["--num_images", 0], "num_images"),
     "odd ending": (["--out", "x/a.xyz"], ".xyz"), "no such writer": (["--out", "a.psd"], ".psd"), "seed": (["--seed", -1], "seed"),
     "scale": (["--guidance_scale", "nan"], "guidance_scale"), "size": (["--height", 17], "multiples of 4"), "missing": (["--checkpoint", "nowhere"], "nowhere"),
     "other family": (["--scheduler", "ddpm"], "not with ddpm"), "device": (["--device", "abacus"], "abacus"),

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['BUNDLED', 'FAMILIES', 'PARTS', 'SAMPLERS', 'PICTURES', 'is_hub_id', 'open_folder', 'part_folder', 'part_folders',
            'latent_shape', 'picture_generators', 'start_noise', 'caption_lines', 'contact_sheet', 'guided_context',
-           'guided_prediction', 'model_index', 'Pipeline', 'check_settings', 'repeat_prompts', 'SampleState', 'started',
-           'Sampler', 'TextToImage', 'pick', 'film_strip', 'choose_sampler', 'is_folder', 'SampleConfig',
-           'first_complaint', 'read_flags', 'picture_settings', 'write_image', 'read_settings', 'write_images',
-           'choose_device', 'sample', 'one_line_errors', 'main']
+           'guided_prediction', 'model_index', 'Pipeline', 'check_counts', 'check_scale', 'repeat_prompts',
+           'SampleState', 'started', 'Sampler', 'TextToImage', 'pick', 'film_strip', 'choose_sampler', 'is_folder',
+           'SampleConfig', 'first_complaint', 'read_flags', 'picture_settings', 'write_image', 'read_settings',
+           'write_images', 'choose_device', 'sample', 'one_line_errors', 'main']
 
 # %% ../nbs/12_sample.ipynb #1fdab62d
 import contextlib
@@ -196,11 +196,15 @@ class Pipeline:
         return self.unet.conv_in.weight.device
 
 # %% ../nbs/12_sample.ipynb #9779dd89
-def check_settings(num_inference_steps: int, num_images: int, guidance_scale: float):
-    "ValueError for numbers that make no sense."
-    for name, value in dict(num_inference_steps=num_inference_steps, num_images=num_images).items():
+def check_counts(**counts: int):
+    "ValueError for a number of steps, pictures ... that is not a whole number of at least 1."
+    for name, value in counts.items():
         if type(value) is not int or value < 1:
             raise ValueError(f"{name} must be a whole number of at least 1; got {value!r:.40}")
+
+
+def check_scale(guidance_scale: float):
+    "ValueError for a guidance that is no finite number."
     if not isinstance(guidance_scale, (int, float)) or not math.isfinite(guidance_scale):
         raise ValueError(f"guidance_scale must be a finite number; got {guidance_scale!r:.40}")
 
@@ -274,7 +278,8 @@ class TextToImage(Sampler):
         width: int | None = None,
     ) -> Iterator[SampleState]:
         "Sample, and yield after every call of the model. Bad settings are a ValueError at once, before the first step."
-        check_settings(num_inference_steps, num_images, guidance_scale)
+        check_counts(num_inference_steps=num_inference_steps, num_images=num_images)
+        check_scale(guidance_scale)
         prompts = repeat_prompts(prompt, num_images)
         generators = picture_generators(seed, num_images, len(prompts))
         latents = start_noise(latent_shape(self.unet, self.vae, height, width), generators).to(self.device)
@@ -307,7 +312,7 @@ def film_strip(
     chosen = pick(list(states), moments)
     latents = [s.latents[index] for s in chosen] + [s.pred_original_sample[index] for s in chosen]
     captions = [f"x after step {s.step}" for s in chosen] + [f"x_0 seen from t = {s.timestep:.0f}" for s in chosen]
-    return contact_sheet(decode(torch.stack(latents)), captions, columns=len(chosen), scale=max(1, 112 // (8 * latents[0].shape[-1])))
+    return contact_sheet(decode(torch.stack(latents)), captions, columns=len(chosen))
 
 # %% ../nbs/12_sample.ipynb #60f1a21e
 SAMPLERS = {"ddpm": {"eta": 1.0}, "ddim": {"eta": 0.0}, "flow": {"solver": "euler"}, "heun": {"solver": "heun"}}
@@ -350,7 +355,8 @@ class SampleConfig:
 
     def __post_init__(self):
         repeat_prompts(self.prompt, 1)
-        check_settings(self.steps, self.num_images, self.guidance_scale)
+        check_counts(steps=self.steps, num_images=self.num_images)
+        check_scale(self.guidance_scale)
         picture_generators(self.seed, self.num_images, 1)
         if not is_folder(self.out) and Path(self.out).suffix.lower() not in PICTURES:
             raise ValueError(f"--out {self.out}: a picture ends in {', '.join(PICTURES)}; a name without an ending is a folder")
@@ -359,9 +365,8 @@ class SampleConfig:
 def first_complaint(box: str) -> str:
     "The first sentence of an error that tyro has put in a frame."
     lines = [line.strip(" │|") for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()]
-    body = [line for line in lines if line][1:]  # without the title
-    end = next((i for i, line in enumerate(body) if not line.strip("─-╰╯+")), len(body))
-    return " ".join(" ".join(body[:end]).split())
+    parts = re.split(r"^[─+╰╯-]{3,}$", "\n".join(lines[1:]), flags=re.M)  # the first line is a title
+    return " ".join(next((part for part in parts if part.strip()), box).split())
 
 
 def read_flags(config: type, prog: str, args: list[str] | None = None, default=None):
@@ -373,7 +378,8 @@ def read_flags(config: type, prog: str, args: list[str] | None = None, default=N
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise ValueError(f"{first_complaint(complaint.getvalue())} (see {prog} --help)") from None
+        reason = first_complaint(complaint.getvalue()).removeprefix(f"Error parsing {config.__name__}: ")
+        raise ValueError(f"{reason} (see {prog} --help)") from None
 
 # %% ../nbs/12_sample.ipynb #23c29edf
 def picture_settings(config: SampleConfig) -> list[dict]:
