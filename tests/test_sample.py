@@ -205,6 +205,16 @@ def test_states(sampler, rng, seed):
     assert len({s.latents.sum().item() for s in states}) == len(states)
 
 
+def test_decode_undoes_what_encoding_does(pipe, rng):
+    "Latents of a picture, scaled as the UNet knows them, come back as the autoencoder's own reconstruction."
+    images = torch.rand(2, 3, 16, 16, generator=rng) * 2 - 1
+    with torch.no_grad():
+        mean = pipe.vae.encode(images).mean
+        expected = ((pipe.vae.decode(mean) + 1) * 127.5).round().clamp(0, 255)
+    for image, right in zip(pipe.decode(mean * pipe.vae.config.scaling_factor), expected):
+        assert (pixels(image).view(16, 16, 3) - right.permute(1, 2, 0)).abs().max() <= 1
+
+
 @each_sampler
 def test_streams_do_not_disturb_each_other(sampler, rng, seed):
     "Two at once on one pipeline, of different lengths, and the pipeline's scheduler as it was."

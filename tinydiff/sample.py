@@ -311,7 +311,7 @@ def film_strip(
     "Above, the noisy latents after a step, decoded; below, the finished picture that the model had in mind when it took that step."
     chosen = pick(list(states), moments)
     latents = [s.latents[index] for s in chosen] + [s.pred_original_sample[index] for s in chosen]
-    captions = [f"x after step {s.step}" for s in chosen] + [f"x_0 seen from t = {s.timestep:.0f}" for s in chosen]
+    captions = [f"x after step {s.step}" for s in chosen] + [f"x_0 from t = {s.timestep:.0f}" for s in chosen]
     return contact_sheet(decode(torch.stack(latents)), captions, columns=len(chosen))
 
 # %% ../nbs/12_sample.ipynb #60f1a21e

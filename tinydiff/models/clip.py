@@ -35,7 +35,7 @@ def byte_pair_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) ->
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("</w>", " "), decoders.ByteLevel()])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("</w>", "Ġ"), decoders.ByteLevel()])
     return tokenizer
 
 # %% ../../nbs/09_clip.ipynb #082c6174
@@ -156,8 +156,8 @@ class CLIPTextEncoder(nn.Module):
             EncoderLayer(c.hidden_size, c.num_attention_heads, c.intermediate_size, c.hidden_act) for _ in range(c.num_hidden_layers)
         )
         self.final_layer_norm = nn.LayerNorm(c.hidden_size)
-        nn.init.normal_(self.token_embedding.weight, std=0.02)
-        nn.init.normal_(self.position_embedding.weight, std=0.01)
+        nn.init.normal_(self.token_embedding.weight, std=0.5)  # large beside what the layers add: a word stays itself
+        nn.init.normal_(self.position_embedding.weight, std=0.25)
 
     def forward(self, ids: Tensor) -> Tensor:  # (batch, length) -> (batch, length, hidden_size), the context of the UNet
         x = self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
