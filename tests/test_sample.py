@@ -486,11 +486,12 @@ def test_a_failed_write_leaves_the_old_picture(cli, folder, monkeypatch, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
-def test_errors_of_our_own_are_not_hidden():
+def test_errors_of_our_own_are_not_hidden(capsys):
     def fail(error): raise error
     for error, code in [(ValueError("a\nb"), 2), (FileNotFoundError("x"), 2), (torch.OutOfMemoryError("y"), 2), (KeyboardInterrupt(), 130)]:
         with pytest.raises(SystemExit) as stop: one_line_errors(lambda: fail(error))()
         assert stop.value.code == code
+        assert capsys.readouterr().err == ("" if code == 130 else f"error: {' '.join(str(error).split())}\n")
     with pytest.raises(ZeroDivisionError): one_line_errors(lambda: 1 / 0)()
 
 
