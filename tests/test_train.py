@@ -371,7 +371,7 @@ BAD = {
     "share": (["--caption_dropout", "1.5"], "--caption_dropout must be between 0 and 1"),
     "flow has no prediction type": (["--prediction_type", "x0"], "--scheduler ddpm"),
     "parts": (["--grad_accum", "7"], "multiple of 7"),
-    "device": (["--device", "gpu"], "--device gpu"),
+    "device": (["--device", "gpu"], "no device 'gpu'"),
     "no VAE": (["--vae", "/nowhere"], "/nowhere"),
     "not a checkpoint": (["--vae", "EMPTY"], "config.json is missing"),
     "half a checkpoint": (["--text_encoder", "HALF"], "tokenizer"),
