@@ -120,6 +120,7 @@ class EMA:
 @dataclass(frozen=True)
 class RunOptions:
     "What is trained, and where it is kept."
+    preset: Literal["laptop", "gpu"] = "laptop"  # which defaults; any flag overrides them
     stage: Literal["vae", "clip", "diffusion", "all"] = "diffusion"
     out: str | None = None  # the run's folder; None: runs/DATASET-SCHEDULER-TIME
     resume: bool = False  # go on with the run in --out
@@ -255,7 +256,7 @@ def config_from_dict(values: dict) -> TrainConfig:
 # %% ../nbs/11_train.ipynb #1e2667f7
 PRESETS = {
     "laptop": TrainConfig(),
-    "gpu": TrainConfig(stage="all", dataset="flickr30k", image_size=256, arch="base", train_text_encoder=False, subset_size=0, steps=100_000, vae_steps=30_000,
+    "gpu": TrainConfig(preset="gpu", stage="all", dataset="flickr30k", image_size=256, arch="base", train_text_encoder=False, subset_size=0, steps=100_000, vae_steps=30_000,
                        clip_steps=10_000, vae_batch_size=32, clip_batch_size=512, lr=1e-4, vae_lr=1e-4, clip_lr=5e-4, warmup=1000,
                        ema_decay=0.9999, num_workers=8, flip=True, checkpoint_every=2000, sample_every=2000, log_every=50),
 }
