@@ -22,7 +22,7 @@ from tinydiff.models.clip import CLIPTextConfig, CLIPVisionConfig
 from tinydiff.models.unet import UNetConfig
 from tinydiff.models.vae import VAEConfig
 from tinydiff.sample import TextToImage
-from tinydiff.stable_diffusion import load_vae
+from tinydiff.stable_diffusion import load_text_encoder, load_vae
 from tinydiff.train import (
     EMA, PRESETS, Architecture, EncodedData, Run, StepSampler, TrainConfig, batch_indices, config_from_dict, learning_rate,
     load_optimizer_tensors, load_parts, open_dataset, optimizer_tensors, plot_metrics, read_config, read_metrics, train,
@@ -487,6 +487,16 @@ def test_gradient_checkpointing_reaches_the_unet(base, tmp_path):
         run = Run(on(base, grad_checkpoint=wanted), tmp_path, torch.device("cpu"), False)
         stage = tinydiff.train.DiffusionStage(run, open_dataset(run.config), SMALL, load_parts(base, base))
         assert stage.model.unet.gradient_checkpointing is wanted
+
+
+def test_text_encoder_learns_or_stays(base, tmp_path):
+    before = load_text_encoder(base / "text_encoder").state_dict()
+    for learns in (False, True):
+        run = train(on(base, train_text_encoder=learns, ema_decay=0.0, out=str(tmp_path / str(learns))))
+        after = load_text_encoder(run / "text_encoder").state_dict()
+        assert before.keys() == after.keys()
+        moved = [key for key in before if not torch.equal(before[key], after[key])]
+        assert (len(moved) > len(before) / 2) if learns else not moved
 
 
 def test_start_from_a_unet(base, tmp_path):

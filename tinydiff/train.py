@@ -787,7 +787,7 @@ class DiffusionStage:
 
 # %% ../nbs/11_train.ipynb #c3da48a4
 def attention_kernel(device: torch.device):
-    "PyTorch's plain attention on the CPU, whose fused kernel is slow to differentiate at these sizes; its own choice elsewhere."
+    "PyTorch's plain attention on the CPU, whose fused kernel is slow to differentiate in bfloat16 at these sizes; its own choice elsewhere."
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 # %% ../nbs/11_train.ipynb #a60db93f
@@ -1002,6 +1002,8 @@ def train(config: TrainConfig) -> Path:
     for name in make if config.stage == "all" else [config.stage]:
         torch.manual_seed(seed_at(config.seed, name, "weights"))
         fit(make[name](), run)
+    if world > 1:
+        torch.distributed.destroy_process_group()
     return run.folder
 
 # %% ../nbs/11_train.ipynb #8ed70f71
