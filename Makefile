@@ -22,7 +22,7 @@ PROMPTS = "a red boat at night" "a small cabin in the woods" "a watercolor lands
 	"a watercolor painting of a large red mushroom in the snow"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab site readme clean
+.PHONY: help demo test lab app site readme clean
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z]*\):.*##  *\(.*\)/make \1\t\2/p' Makefile | expand -t 14
@@ -42,8 +42,11 @@ demo: .venv/.with-notebooks  ## draw pictures with the bundled model, then train
 	@echo "Look at demo/contact_sheet.png, then at demo/run/: its configuration, its losses and its samples."
 	@echo "Next: make lab, and open nbs/00_quickstart.ipynb."
 
-test: .venv/.with-dev  ## run every test and every notebook, offline
+test: .venv/.with-dev  ## run every test and every notebook, offline (those of the page need chromium)
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+app: .venv/.with-app  ## serve the playground alone, at http://127.0.0.1:8866
+	$(BIN)/tinydiff-app
 
 lab: .venv/.with-notebooks  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir nbs

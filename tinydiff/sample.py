@@ -7,8 +7,8 @@ __all__ = ['BUNDLED', 'FAMILIES', 'PARTS', 'SAMPLERS', 'PICTURES', 'is_hub_id', 
            'latent_shape', 'picture_generators', 'start_noise', 'caption_lines', 'contact_sheet', 'guided_context',
            'guided_prediction', 'model_index', 'Pipeline', 'check_counts', 'check_scale', 'repeat_prompts',
            'SampleState', 'started', 'Sampler', 'TextToImage', 'pick', 'film_strip', 'choose_sampler', 'is_folder',
-           'SampleConfig', 'first_complaint', 'read_flags', 'picture_settings', 'write_image', 'read_settings',
-           'write_images', 'choose_device', 'sample', 'one_line_errors', 'main']
+           'SampleConfig', 'first_complaint', 'read_flags', 'picture_settings', 'image_bytes', 'write_image',
+           'read_settings', 'write_images', 'choose_device', 'sample', 'one_line_errors', 'main']
 
 # %% ../nbs/12_sample.ipynb #1fdab62d
 import contextlib
@@ -249,12 +249,13 @@ class Sampler(Pipeline):
         scheduler: Scheduler,  # with its timesteps set
         generators: list[torch.Generator] | None = None,  # one for each picture; DDPM needs fresh noise
     ) -> Iterator[SampleState]:
-        "Ask, step, repeat."
+        "Ask, step, repeat. The next step starts from the state's latents, whatever the listener made of them."
         for step, t in enumerate(scheduler.timesteps, start=1):
             prediction = guided_prediction(self.unet, latents, t.to(self.device), context, guidance_scale)
             out = scheduler.step(prediction, t, latents, generators)
-            latents = out.prev_sample
-            yield SampleState(step, float(t), latents, out.pred_original_sample)
+            state = SampleState(step, float(t), out.prev_sample, out.pred_original_sample)
+            yield state
+            latents = state.latents
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> list[Image.Image]:
@@ -388,18 +389,23 @@ def picture_settings(config: SampleConfig) -> list[dict]:
             for prompt in config.prompt for i in range(config.num_images)]
 
 
-def write_image(image: Image.Image, settings: dict, path: Path):
-    "A picture file in one piece; in PNG, `settings` go into its text."
+def image_bytes(image: Image.Image, settings: dict, suffix: str = ".png") -> bytes:
+    "A picture as the bytes of a file; in PNG, `settings` go into its text."
     file, info = io.BytesIO(), PngInfo()
     info.add_text("tinydiff", json.dumps(settings))
-    image.save(file, "jpeg" if path.suffix.lower() in (".jpg", ".jpeg") else path.suffix[1:], pnginfo=info, quality=95)
+    image.save(file, "jpeg" if suffix.lower() in (".jpg", ".jpeg") else suffix[1:], pnginfo=info, quality=95)
+    return file.getvalue()
+
+
+def write_image(image: Image.Image, settings: dict, path: Path):
+    "A picture file in one piece."
     partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(file.getvalue())
+    partial.write_bytes(image_bytes(image, settings, path.suffix))
     partial.replace(path)
 
 
-def read_settings(path: str | Path) -> dict:
-    "The settings that `write_image` put into a PNG; empty where there are none."
+def read_settings(path: str | Path | io.BytesIO) -> dict:
+    "The settings that `image_bytes` put into a PNG; empty where there are none."
     with Image.open(path) as image:
         return json.loads(image.info.get("tinydiff", "{}"))
 
