@@ -69,9 +69,9 @@ MUTATIONS = [
         M + "a_unet_of_bf16_weights_hears_one_step"),
     # --- latents
     bug("scaling factor missing", "sample.py", "self.vae.decode(latents / self.vae.config.scaling_factor)", "self.vae.decode(latents)", P + "decode_undoes_what_encoding_does"),
-    bug("scaling factor missing", "train.py", "return (mean + (0.5 * logvar).exp() * eps) * self.scale", "return mean + (0.5 * logvar).exp() * eps", T + "cached_latents_are_fresh_each_epoch"),
+    bug("scaling factor missing", "train.py", "return (mean + (0.5 * logvar).exp() * eps) * self.scale", "return mean + (0.5 * logvar).exp() * eps", X + "latents_are_scaled_once"),
     bug("scaling factor twice", "train.py", "return (mean + (0.5 * logvar).exp() * eps) * self.scale", "return (mean + (0.5 * logvar).exp() * eps) * self.scale**2",
-        T + "cached_latents_are_fresh_each_epoch"),
+        X + "latents_are_scaled_once"),
     bug("scaling factor twice", "sample.py", "self.vae.decode(latents / self.vae.config.scaling_factor)", "self.vae.decode(latents / self.vae.config.scaling_factor**2)",
         P + "decode_undoes_what_encoding_does"),
     bug("scaling factor not stored", "stable_diffusion.py", '{"_class_name": "AutoencoderKL", **ours, "down', '{"_class_name": "AutoencoderKL", **ours, "scaling_factor": 1.0, "down', F + "scaling_factor_is_stored"),

@@ -1,4 +1,6 @@
 "Pitfalls that no other test sees; and the list of mutations, which must not rot."
+from dataclasses import replace
+
 import pytest
 import torch
 from mutations import MUTATIONS, ROOT
@@ -35,6 +37,15 @@ def test_training_and_sampling_mean_the_same_by_no_text(base, tmp_path):
     pipe.tokenizer = lambda texts: asked.append(tokenizer(texts)) or asked[-1]
     next(pipe.stream("a red boat", guidance_scale=3.0))
     assert torch.equal(asked[1], data.null_ids) and not torch.equal(asked[0], data.null_ids)
+
+
+def test_latents_are_scaled_once(base, tmp_path):
+    "A latent that is surely 1 reaches the UNet as the VAE's scaling factor."
+    run, parts = Run(on(base), tmp_path, torch.device("cpu"), False), load_parts(base, base)
+    parts.vae.config = replace(parts.vae.config, scaling_factor=0.4)
+    data = EncodedData(run, open_dataset(run.config), parts)
+    data.cached["moments"][:, :, :4], data.cached["moments"][:, :, 4:] = 1.0, -30.0
+    torch.testing.assert_close(data.latents(0), torch.full_like(data.latents(0), 0.4), rtol=1e-4, atol=1e-4)
 
 
 def test_a_run_gives_its_average(base):
