@@ -22,7 +22,7 @@ PROMPTS = "a red boat at night" "a small cabin in the woods" "a watercolor lands
 	"a watercolor painting of a large red mushroom in the snow"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab app site readme clean
+.PHONY: help demo test app mutations lab site readme clean
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z]*\):.*##  *\(.*\)/make \1\t\2/p' Makefile | expand -t 14
@@ -47,6 +47,9 @@ test: .venv/.with-dev  ## run every test and every notebook, offline (those of t
 
 app: .venv/.with-app  ## serve the playground alone, at http://127.0.0.1:8866
 	$(BIN)/tinydiff-app
+
+mutations: .venv/.with-dev  ## put known mistakes into copies of the package: a test must catch each
+	$(BIN)/python tests/mutations.py
 
 lab: .venv/.with-notebooks  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir nbs

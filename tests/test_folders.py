@@ -1,12 +1,16 @@
 "Folders: ours opened by diffusers, diffusers' opened by us, the same picture from both; and files that must be refused."
 import ast
+import gzip
+import importlib.util
 import json
 import os
 import pickle
 import shutil
 import struct
+from fnmatch import fnmatch
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from diffusers import AutoencoderKL as DiffusersVAE
@@ -14,11 +18,13 @@ from diffusers import (
     DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel,
 )
 from safetensors.torch import load_file, save_file
+from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig as TransformersTextConfig
 from transformers import CLIPTextModel
 from transformers import CLIPTokenizer as TransformersTokenizer
 
 import tinydiff
+import tinydiff.train
 from tinydiff.models.clip import CLIP, CLIPTextConfig, CLIPTextEncoder, CLIPTokenizer, CLIPVisionConfig
 from tinydiff.models.unet import UNet, UNetConfig
 from tinydiff.models.vae import AutoencoderKL, VAEConfig
@@ -281,18 +287,42 @@ def test_flow_components_in_diffusers(ours, tmp_path):
 
 ODD = ["", "  ", "\n\t a  b\r\n", "A RED Boat", "it's they're WE'LL I'd", "12345 3.14", "na\u00efve caf\u00e9 \u00dcn\u00efc\u00f6d\u00e9", "\u65e5\u672c\u8a9e\u306e\u732b",
        "\U0001f469\u200d\U0001f469\u200d\U0001f467 family \U0001f1e9\U0001f1ea", "<|startoftext|> x", "<|endoftext|>", "a<|endoftext|>b", "\x00\x01 null",
+       "<|STARTOFTEXT|>", "a <|StartOfText|> b<|ENDOFTEXT|>c", "<|startoftext", "|>'s", "".join(map(chr, range(32))), "".join(map(chr, range(127, 160))),
        "e\u0301", "\u200b zero", "\u00a0nbsp", "'s''s'''t", "!!!???'s...", "_a_b-c", "\u00bd \u00b2 \u2167", "\ufb01", "x" * 5000, 2000 * "boat ",
        "&amp; <b>html</b>", "\u0130stanbul", "\u00df \u1e9e", "\ufeffbom", "a\u0300\u0301\u0302b", "\ufdfa", "\U0001f600\ufe0f", "\u2028line", "\ufffd"]
 
 
-def test_tokenizer_equals_transformers(theirs, seed):
+def hostile(seed):
+    "Captions, odd texts, noise from everywhere in Unicode, and 10,000 characters of it."
     generator = torch.Generator().manual_seed(seed)
-    ranges = [(32, 127), (160, 0x500), (0x2000, 0x3000), (0x1F300, 0x1F700)]
+    ranges = [(1, 127), (127, 0x500), (0x2000, 0x3000), (0x4E00, 0x9FFF), (0x1F300, 0x1F700)]
     pick = lambda low, high: int(torch.randint(low, high, (), generator=generator))
-    noise = ["".join(chr(pick(*ranges[pick(0, 4)])) for _ in range(20)) for _ in range(100)]
-    for text in CAPTIONS + ODD + noise:
-        expected = theirs.tokenizer(text, padding="max_length", max_length=16, truncation=True)["input_ids"]
-        assert TOKENIZER([text])[0].tolist() == expected, ascii(text)
+    noise = lambda length: "".join(chr(pick(*ranges[pick(0, len(ranges))])) for _ in range(length))
+    return [*CAPTIONS, *ODD, *(noise(20) for _ in range(100)), noise(10_000), "x" * 10_000]
+
+
+def assert_same_tokens(ours, theirs, texts):
+    "In batches, padded and cut."
+    expected = theirs(texts, padding="max_length", max_length=ours.max_length, truncation=True)["input_ids"]
+    for text, mine, right in zip(texts, ours(texts).tolist(), expected, strict=True):
+        assert mine == right, ascii(text)[:200]
+
+
+def test_tokenizer_equals_transformers(theirs, seed):
+    assert_same_tokens(TOKENIZER, theirs.tokenizer, hostile(seed))
+
+
+def test_tokenizer_equals_transformers_with_clips_own_vocabulary(seed, tmp_path):
+    "49,408 tokens, from the file that open_clip_torch brings along; the ids of a caption are those that CLIP is known for."
+    path = Path(importlib.util.find_spec("open_clip").origin).parent / "bpe_simple_vocab_16e6.txt.gz"
+    lines = gzip.decompress(path.read_bytes()).decode().split("\n")[1 : 49152 - 256 - 2 + 1]
+    letters, merges = sorted(pre_tokenizers.ByteLevel.alphabet()), [tuple(line.split()) for line in lines]
+    tokens = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges), "<|startoftext|>", "<|endoftext|>"]
+    CLIPTokenizer({token: i for i, token in enumerate(tokens)}, merges, 77).save(tmp_path)
+    ours, theirs = load_tokenizer(tmp_path), TransformersTokenizer.from_pretrained(tmp_path)
+    assert len(ours.vocab) == 49408 and ours.max_length == 77
+    assert ours(["a photo of a cat"])[0, :8].tolist() == [49406, 320, 1125, 539, 320, 2368, 49407, 49407]
+    assert_same_tokens(ours, theirs, hostile(seed))
 
 
 # --- refusals
@@ -323,6 +353,26 @@ def raw(part, change):
     return apply
 
 
+def edited_header(change):
+    "Another header for the same bytes; `change` gets its entries."
+    def apply(data):
+        size = struct.unpack("<Q", data[:8])[0]
+        header = json.loads(data[8:8 + size])
+        change([value for key, value in header.items() if key != "__metadata__"])
+        new = json.dumps(header).encode()
+        return struct.pack("<Q", len(new)) + new + data[8 + size:]
+    return apply
+
+
+def index_that_climbs(root):
+    "A sharded file's index, whose shard lies outside the folder, where a good file waits."
+    file = next((root / "unet").glob("*.safetensors"))
+    keys = load_file(file).keys()
+    file.rename(root.parent / "outside.safetensors")
+    write_json(root / "unet/diffusion_pytorch_model.safetensors.index.json",
+               {"metadata": {}, "weight_map": dict.fromkeys(keys, "../../outside.safetensors")})
+
+
 def lying(data):
     "A header that promises more bytes than there are."
     size = struct.unpack("<Q", data[:8])[0]
@@ -345,6 +395,10 @@ BAD = {
     "eight bytes": raw("vae", lambda data: data[:8]),
     "header of exabytes": raw("unet", lambda data: struct.pack("<Q", 1 << 60) + data[8:]),
     "lying header": raw("unet", lying),
+    "tensors that overlap": raw("unet", edited_header(lambda entries: entries[1].update(data_offsets=entries[0]["data_offsets"]))),
+    "a negative shape": raw("vae", edited_header(lambda entries: entries[0].update(shape=[-1]))),
+    "a dtype of its own": raw("vae", edited_header(lambda entries: entries[0].update(dtype="PICKLE"))),
+    "../ in an index file": index_that_climbs,
     "header is not JSON": raw("unet", lambda data: data[:8] + b"x" * 50 + data[58:]),
     "html instead": raw("text_encoder", lambda data: b"<!DOCTYPE html><html>not found</html>"),
     "weight missing": weights("unet", lambda w: w.pop(W)),
@@ -398,6 +452,8 @@ BAD = {
     "merges of unknown parts": text("tokenizer/merges.txt", "#version: 0.2\nzz yy\n"),
     "merges that make no token": lambda root: (root / "tokenizer/merges.txt").open("a").write("! !\n"),  # tokenizers panics here
     "ids with a hole": overwrite("tokenizer/vocab.json", a=10**6),
+    "oversized vocabulary": lambda root: (root / "tokenizer/vocab.json").open("ab").write(60_000_000 * b" "),
+    "oversized merges": lambda root: (root / "tokenizer/merges.txt").open("ab").write(60_000_000 * b"\n"),
     "merges of three": text("tokenizer/merges.txt", "a b c\n"),
     "length as text": overwrite("tokenizer/tokenizer_config.json", model_max_length="long"),
     "length of 10^30": overwrite("tokenizer/tokenizer_config.json", model_max_length=10**30),
@@ -507,30 +563,121 @@ def test_remote_code_is_not_run(good, tmp_path):
     "model_index.json may name any class; it is not even read."
     root, target = shutil.copytree(good, tmp_path / "remote"), tmp_path / "executed"
     (root / "pipeline.py").write_text(f"open({str(target)!r}, 'w')")
-    edit_json(root / "model_index.json", _class_name=["pipeline", "Evil"], unet=["pipeline", "Evil"])
+    edit_json(root / "model_index.json", _class_name=["pipeline", "Evil"], unet=["pipeline", "Evil"], vae=["../../..", "../pipeline.py"])
     TextToImage.from_pretrained(root)
     assert not target.exists()
 
 
 # --- the hub
 
-def test_fetch_asks_for_what_we_read_and_nothing_else(monkeypatch, tmp_path):
-    from fnmatch import fnmatch
-    import huggingface_hub
-    asked = {}
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda hub_id, **options: asked.update(options, id=hub_id) or str(tmp_path))
-    assert fetch("org/name", "abc123") == tmp_path
-    assert (asked["id"], asked["revision"]) == ("org/name", "abc123")
-    wanted = lambda name: any(fnmatch(name, pattern) for pattern in asked["allow_patterns"])
-    assert all(wanted(name) for name in [*FILES, "model_index.json", "tokenizer/tokenizer.json"])
-    for name in ("v1-5-pruned.ckpt", "v1-5-pruned.safetensors", "unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.non_ema.safetensors",
-                 "safety_checker/model.safetensors", "unet/pipeline.py", "README.md", "vae/model.pt"):
-        assert not wanted(name), name
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    "A repository on the hub, as a list of its files, and where a download would put those that are asked for."
+    repository, asked = [], []
+
+    def download(hub_id, **options):
+        asked.append((hub_id, options["revision"]))
+        for name in repository:
+            if any(fnmatch(name, pattern) for pattern in options["allow_patterns"]):
+                (tmp_path / "snapshot" / name).parent.mkdir(parents=True, exist_ok=True)
+                (tmp_path / "snapshot" / name).touch()
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    return repository, asked
+
+
+SHARED = ["model_index.json", "tokenizer/tokenizer.json", *(name for name in FILES if not name.endswith(".safetensors"))]
+HALVES = [name.replace(".safetensors", ".fp16.safetensors") for name in FILES if name.endswith(".safetensors")]
+UNWANTED = ["v1-5-pruned.ckpt", "v1-5-pruned.safetensors", "unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.non_ema.safetensors",
+            "safety_checker/model.safetensors", "unet/pipeline.py", "README.md", "vae/model.pt", "text_encoder/pytorch_model.fp16.bin"]
+WHOLE = [name for name in FILES if name.endswith(".safetensors")]
+
+
+@pytest.mark.parametrize("weights, taken", [(WHOLE, WHOLE), (WHOLE + HALVES, WHOLE), (HALVES, HALVES)], ids=["fp32", "both", "fp16"])
+def test_fetch_asks_for_what_we_read_and_nothing_else(weights, taken, hub):
+    repository, asked = hub
+    repository += [*SHARED, *weights, *UNWANTED]
+    folder = fetch("org/name", "abc123")
+    assert {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} == {*SHARED, *taken}
+    assert set(asked) == {("org/name", "abc123")}
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder"])
+def test_fetch_takes_a_part_alone(part, hub):
+    repository, _ = hub
+    files = ["config.json", PARTS[part], *(["vocab.json", "merges.txt", "tokenizer_config.json"] if part == "text_encoder" else [])]
+    repository += [*files, "model.ckpt", "pytorch_model.bin", "README.md"]
+    assert {path.name for path in fetch("org/name").iterdir()} == set(files)
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    "The cache of the real hub library; a function that puts a folder there, as if it had been downloaded."
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def put(hub_id, folder, commit, branch="main"):
+        top = tmp_path / "hub" / f"models--{hub_id.replace('/', '--')}"
+        shutil.copytree(folder, top / "snapshots" / commit)
+        (top / "refs").mkdir(exist_ok=True)
+        (top / "refs" / branch).write_text(commit)
+
+    return put
+
+
+def test_a_hub_id_with_a_pinned_revision(theirs, cache, tmp_path, rng):
+    "Two commits, two models: a pinned one stays what it was when the branch moves on."
+    theirs.save_pretrained(tmp_path / "old")
+    before = theirs.unet.conv_in.weight.clone()
+    randomize(theirs.unet, rng)
+    theirs.save_pretrained(tmp_path / "new", variant="fp16")
+    cache("org/name", tmp_path / "old", "a" * 40)
+    cache("org/name", tmp_path / "new", "b" * 40)
+    for revision, weight in [("a" * 40, before), ("b" * 40, theirs.unet.conv_in.weight), ("main", theirs.unet.conv_in.weight), (None, theirs.unet.conv_in.weight)]:
+        assert torch.equal(TextToImage.from_pretrained("org/name", revision=revision).unet.conv_in.weight, weight)
+    with pytest.raises(FileNotFoundError, match="^there is no folder 'org/name', and cannot fetch") as error:
+        TextToImage.from_pretrained("org/name", revision="c" * 40)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize("where", ["folder", "hub", "parts alone"])
+def test_training_on_stable_diffusions_parts(where, learns, theirs, cache, tmp_path, monkeypatch):
+    "--vae and --text_encoder of a folder that diffusers wrote, or of hub ids: a UNet of ours that fits them, and a pipeline of all."
+    theirs.save_pretrained(sd := tmp_path / "sd")
+    vae, text = str(sd), str(sd)
+    if where == "hub":
+        cache("org/sd", sd, "a" * 40)
+        vae = text = "org/sd"
+    if where == "parts alone":
+        shutil.copytree(sd / "tokenizer", alone := tmp_path / "alone")
+        shutil.copytree(sd / "text_encoder", alone, dirs_exist_ok=True)
+        cache("org/vae", sd / "vae", "b" * 40)
+        vae, text = "org/vae", str(alone)
+    tiny = tinydiff.train.ARCHITECTURES["tiny"]
+    small = tinydiff.train.dataclasses.replace(tiny, unet=UNetConfig(block_out_channels=(8, 16), cross_attention=(False, True), num_heads=2,
+                                                                     cross_attention_dim=48, norm_num_groups=4))
+    monkeypatch.setitem(tinydiff.train.ARCHITECTURES, "tiny", small)
+    flags = ["--vae", vae, "--text_encoder", text, "--out", str(tmp_path / "run"), "--steps", "1", "--batch_size", "2", "--image_size", "16",
+             "--subset_size", "4", "--num_workers", "0", "--device", "cpu", "--precision", "fp32", f"--{'' if learns else 'no_'}train_text_encoder"]
+    pipe = TextToImage.from_pretrained(tinydiff.train.train(tinydiff.train.read_config(flags)))
+    assert pipe.unet.config.cross_attention_dim == theirs.text_encoder.config.hidden_size == 32
+    assert pipe.vae.config == load_vae(sd / "vae").config and pipe.vae.config.scaling_factor == 0.18215
+    assert all(torch.equal(weight, pipe.vae.state_dict()[key]) for key, weight in load_vae(sd / "vae").state_dict().items())
+    moved = [key for key, w in load_text_encoder(sd / "text_encoder").state_dict().items() if not torch.equal(w, pipe.text_encoder.state_dict()[key])]
+    assert bool(moved) == learns
+    assert torch.equal(pipe.tokenizer(CAPTIONS), TOKENIZER(CAPTIONS))
+    assert pipe(CAPTIONS[0], num_inference_steps=1)[0].size == (16, 16)
+
+
+def test_help_names_stable_diffusion(capsys):
+    with pytest.raises(SystemExit): tinydiff.train.read_config(["--help"])
+    shown = " ".join(capsys.readouterr().out.replace("\u2502", " ").split())
+    assert "hub id, ours or Stable Diffusion's" in shown
 
 
 @pytest.mark.parametrize("error", [ConnectionError("no route\nto host"), ValueError(""), RuntimeError("Repository Not Found\nat https://...")])
 def test_fetch_fails_in_one_line(error, monkeypatch):
-    import huggingface_hub
     def fail(*args, **options): raise error
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(FileNotFoundError, match=r"^cannot fetch 'org/name' from the Hugging Face hub: [^\n]+$"): fetch("org/name")

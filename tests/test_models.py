@@ -230,6 +230,14 @@ def test_unet_in_bf16_stays_near_float32(rng):
         assert (result - exact).std() < 0.05 * exact.std()
 
 
+def test_a_unet_of_bf16_weights_hears_one_step(rng):
+    "Its timesteps stay float32: as bfloat16, 901 would be 900."
+    unet = randomize(UNet(UNETS["laptop"]), rng).bfloat16()
+    x, context = randn(rng, 1, 4, 8, 8).bfloat16(), randn(rng, 1, 5, 24).bfloat16()
+    with torch.no_grad():
+        assert not torch.equal(unet(x, torch.tensor([900.0]), context), unet(x, torch.tensor([901.0]), context))
+
+
 def test_gradient_checkpointing_changes_nothing(rng):
     config = UNETS["laptop"]
     unet = randomize(UNet(config), rng).train()

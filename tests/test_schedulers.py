@@ -1,11 +1,13 @@
 """Schedulers against diffusers, closed forms and the pitfalls that others fell into."""
 import dataclasses
 import json
+import math
 
 import diffusers
 import pytest
 import torch
 
+from tinydiff.schedulers import base
 from tinydiff.schedulers.base import step_weights
 from tinydiff.schedulers.ddpm import DDPMScheduler
 from tinydiff.schedulers.flow_matching import FlowMatchingScheduler, make_scheduler, scheduler_from_config
@@ -36,29 +38,93 @@ def walk(scheduler, timesteps, model, x, seed, **kwargs):
     return xs
 
 
-def assert_same_walk(ours, theirs, tolerance=1e-4):
-    "diffusers' tables are float32: its 1 - alpha-bar is wrong by up to 5e-4 of itself where it is small."
+def assert_same_walk(ours, theirs, tolerance):
+    "No sample on the way differs by more than `tolerance`, relative to the largest number in it, or to 1."
     for a, b in zip(ours, theirs, strict=True):
         assert (a - b).abs().max() <= tolerance * b.abs().max().clamp(min=1)
 
 
 # ---- parity with diffusers -------------------------------------------------------------------------------------------
 
+PRECISIONS = ((torch.float32, 1e-5), (torch.float64, 1e-10))
+
+
+class Leap:
+    "A divisor by which every whole number, divided, gives `length`."
+    def __init__(self, length): self.length = length
+    def __rfloordiv__(self, number): return self.length
+
+
+class ChainedDDIM(diffusers.DDIMScheduler):
+    """diffusers' DDIM takes T // N off a timestep and calls that the previous one. Where the steps are not all of that
+    length, it is none of its timesteps. Here it is led along them."""
+    def step(self, model_output, timestep, sample, **kwargs):
+        chain = [*self.timesteps.tolist(), -1]
+        steps, here = self.num_inference_steps, chain.index(int(timestep))
+        self.num_inference_steps = Leap(chain[here] - chain[here + 1])
+        out = super().step(model_output, timestep, sample, **kwargs)
+        self.num_inference_steps = steps
+        return out
+
+
+def reference(ours, cls=None):
+    """diffusers' scheduler of our configuration, with our table of alpha-bar, in float64.
+
+    Its own is float32, and 1 - alpha-bar from it is wrong by up to 5e-4 of itself; `test_tables` compares the two.
+    """
+    config = ours.to_config()
+    theirs = (cls or getattr(diffusers, config["_class_name"])).from_config(config)
+    theirs.alphas_cumprod = ours.alphas_cumprod
+    theirs.final_alpha_cumprod = ours.alphas_cumprod[0] if not ours.set_alpha_to_one else torch.ones((), dtype=torch.float64)
+    return theirs
+
+
+def assert_same_walks(ours, theirs, steps, seed, last=slice(None), **kwargs):
+    "From the same noise, with the same fresh noise: 1e-5 in float32, 1e-10 in float64."
+    ours.set_timesteps(steps), theirs.set_timesteps(steps)
+    assert ours.timesteps.tolist() == theirs.timesteps.tolist()
+    model = toy_model()
+    for dtype, tolerance in PRECISIONS:
+        torch.set_default_dtype(dtype)  # both draw their noise in it
+        try:
+            x = torch.randn(3, 6, generator=torch.Generator().manual_seed(seed))
+            a, b = walk(ours, ours.timesteps, model, x, seed), walk(theirs, theirs.timesteps, model, x, seed, **kwargs)
+        finally: torch.set_default_dtype(torch.float32)
+        assert a[-1].dtype == b[-1].dtype == dtype
+        assert_same_walk(a[:-1], b[:-1], tolerance)
+        assert_same_walk(a[last][-1:], b[last][-1:], 10 * tolerance)  # diffusers' DDPM adds noise of 1e-10 in the last step, too
+
+
+@pytest.mark.parametrize("beta_schedule", BETAS)
+@pytest.mark.parametrize("num_train_timesteps", (100, 1000, 4000))
+@pytest.mark.parametrize("zero_snr", (False, True))
+def test_tables(zero_snr, num_train_timesteps, beta_schedule):
+    "The betas of diffusers, which are float32, multiplied up in float64."
+    ours = DDPMScheduler(num_train_timesteps=num_train_timesteps, beta_schedule=beta_schedule, prediction_type="v_prediction",
+                         rescale_betas_zero_snr=zero_snr)
+    theirs = diffusers.DDPMScheduler.from_config(ours.to_config())
+    table = (1 - theirs.betas.double()).cumprod(0)
+    torch.testing.assert_close(ours.alphas_cumprod, table, rtol=1e-5, atol=1e-6 if zero_snr else 1e-9)
+
+
 @pytest.mark.parametrize("prediction_type", TARGETS)
 @pytest.mark.parametrize("beta_schedule", BETAS)
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_ddpm_equals_diffusers(spacing, beta_schedule, prediction_type, seed):
     ours = DDPMScheduler(timestep_spacing=spacing, beta_schedule=beta_schedule, prediction_type=prediction_type)
-    theirs = diffusers.DDPMScheduler.from_config(ours.to_config())
-    model, x = toy_model(), torch.randn(3, 6)
-    for n in STEPS:
-        ours.set_timesteps(n), theirs.set_timesteps(n)
-        assert ours.timesteps.tolist() == theirs.timesteps.tolist()
-        assert_same_walk(walk(ours, ours.timesteps, model, x, seed), walk(theirs, theirs.timesteps, model, x, seed))
+    for n in STEPS: assert_same_walks(ours, reference(ours), n, seed)
+
+
+@pytest.mark.parametrize("eta", (0.0, 1.0))
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("num_train_timesteps", (100, 250, 4000))
+def test_other_train_lengths_equal_diffusers(num_train_timesteps, spacing, eta, seed):
+    ours = DDPMScheduler(num_train_timesteps=num_train_timesteps, timestep_spacing=spacing, eta=eta)
+    for n in (7, 30): assert_same_walks(ours, reference(ours, None if eta else ChainedDDIM), n, seed)
 
 
 @pytest.mark.parametrize("prediction_type", TARGETS)
-@pytest.mark.parametrize("spacing, steps_offset", [("trailing", 0), ("leading", 0), ("leading", 1)])
+@pytest.mark.parametrize("spacing, steps_offset", [("trailing", 0), ("linspace", 0), ("leading", 0), ("leading", 1)])
 @pytest.mark.parametrize("eta", (0.0, 0.5, 1.0))
 @pytest.mark.parametrize("set_alpha_to_one", (True, False))
 def test_ddim_equals_diffusers(set_alpha_to_one, eta, spacing, steps_offset, prediction_type, seed):
@@ -66,43 +132,62 @@ def test_ddim_equals_diffusers(set_alpha_to_one, eta, spacing, steps_offset, pre
                          set_alpha_to_one=set_alpha_to_one)
     config = dataclasses.replace(ours, eta=0.0).to_config()
     assert config["_class_name"] == "DDIMScheduler" and config["set_alpha_to_one"] == set_alpha_to_one
-    theirs = diffusers.DDIMScheduler.from_config(config)
+    theirs = ChainedDDIM.from_config(config)
+    theirs.alphas_cumprod = ours.alphas_cumprod
+    if not set_alpha_to_one: theirs.final_alpha_cumprod = ours.alphas_cumprod[0]
+    for n in (7, 30): assert_same_walks(ours, theirs, n, seed, eta=eta)
+
+
+@pytest.mark.parametrize("prediction_type", TARGETS)
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_fixed_large_equals_diffusers_until_the_last_step(spacing, prediction_type, seed):
+    "In the last one diffusers adds noise, and we do not."
+    ours = DDPMScheduler(variance_type="fixed_large", timestep_spacing=spacing, prediction_type=prediction_type)
+    assert_same_walks(ours, reference(ours), 30, seed, last=slice(-1))
+
+
+@pytest.mark.parametrize("clip_sample", (False, True))
+@pytest.mark.parametrize("eta", (0.0, 1.0))
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("prediction_type", ("x0", "v_prediction"))
+def test_clip_sample_and_zero_terminal_snr_equal_diffusers(prediction_type, spacing, eta, clip_sample, seed):
+    "Where x_0 is clipped, eps follows it: diffusers' DDIM does that when asked."
+    ours = DDPMScheduler(prediction_type=prediction_type, rescale_betas_zero_snr=True, clip_sample=clip_sample, eta=eta,
+                         timestep_spacing=spacing)
+    theirs = reference(ours, None if eta else ChainedDDIM)
+    for n in (7, 30): assert_same_walks(ours, theirs, n, seed, **({} if eta else {"use_clipped_model_output": True}))
+
+
+@pytest.mark.parametrize("ours", [DDPMScheduler(), DDPMScheduler(eta=0.0), DDPMScheduler(prediction_type="v_prediction")], ids=str)
+def test_diffusers_as_it_comes(ours, seed):
+    "With its own float32 table, at a step count that divides T."
+    theirs = getattr(diffusers, ours.to_config()["_class_name"]).from_config(ours.to_config())
+    ours.set_timesteps(50), theirs.set_timesteps(50)
     model, x = toy_model(), torch.randn(3, 6)
-    # diffusers' DDIM finds the previous timestep by arithmetic, right only where the steps are all of one length
-    for n in (7, 30, 50) if spacing == "leading" else (20, 50):
-        ours.set_timesteps(n), theirs.set_timesteps(n)
-        assert ours.timesteps.tolist() == theirs.timesteps.tolist()
-        assert_same_walk(walk(ours, ours.timesteps, model, x, seed),
-                         walk(theirs, theirs.timesteps, model, x, seed, eta=eta))
+    assert_same_walk(walk(ours, ours.timesteps, model, x, seed), walk(theirs, theirs.timesteps, model, x, seed), 1e-4)
 
 
-def test_fixed_large_equals_diffusers_until_the_last_step(seed):
-    ours = DDPMScheduler(variance_type="fixed_large")
-    theirs = diffusers.DDPMScheduler.from_config(ours.to_config())
-    ours.set_timesteps(30), theirs.set_timesteps(30)
-    model, x = toy_model(), torch.randn(3, 6)
-    a, b = walk(ours, ours.timesteps, model, x, seed), walk(theirs, theirs.timesteps, model, x, seed)
-    assert_same_walk(a[:-1], b[:-1])  # in the last one diffusers adds noise, and we do not
-
-
-def test_clip_sample_and_zero_terminal_snr_equal_diffusers(seed):
-    ours = DDPMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True, clip_sample=True)
-    theirs = diffusers.DDPMScheduler.from_config(ours.to_config())
-    ours.set_timesteps(25), theirs.set_timesteps(25)
-    model, x = toy_model(), 2 * torch.randn(3, 6)
-    assert_same_walk(walk(ours, ours.timesteps, model, x, seed), walk(theirs, theirs.timesteps, model, x, seed))
+@pytest.mark.parametrize("spacing, steps, wrong", [("trailing", 30, 10), ("linspace", 30, 29), ("trailing", 50, 0), ("leading", 30, 0)])
+def test_where_diffusers_leaves_the_chain(spacing, steps, wrong):
+    "The timesteps from which arithmetic leads beside the next one, as in diffusers' DDIM; ours never does."
+    scheduler = DDPMScheduler(timestep_spacing=spacing)
+    scheduler.set_timesteps(steps)
+    times = scheduler.timesteps.tolist()
+    assert sum(t - 1000 // steps != s for t, s in zip(times, times[1:])) == wrong
+    assert [scheduler.previous_timestep(t) for t in times] == [*times[1:], -1]
 
 
 @pytest.mark.parametrize("shift", (1.0, 3.0))
 @pytest.mark.parametrize("steps", STEPS)
 def test_flow_euler_equals_diffusers(steps, shift, seed):
+    "float32 alone: diffusers casts every sample to it. It would shift sigma_min twice; these sigmas it shifts once."
     ours = FlowMatchingScheduler(shift=shift)
     theirs = diffusers.FlowMatchEulerDiscreteScheduler.from_config(ours.to_config())
     ours.set_timesteps(steps)
     theirs.set_timesteps(sigmas=[1 - i / steps for i in range(steps)])
     torch.testing.assert_close(ours.timesteps, theirs.timesteps)
     model, x = toy_model(), torch.randn(3, 6)
-    assert_same_walk(walk(ours, ours.timesteps, model, x, seed), walk(theirs, theirs.timesteps, model, x, seed))
+    assert_same_walk(walk(ours, ours.timesteps, model, x, seed), walk(theirs, theirs.timesteps, model, x, seed), 1e-5)
 
 
 @pytest.mark.parametrize("shift", (1.0, 3.0))
@@ -112,24 +197,48 @@ def test_flow_heun_equals_diffusers(steps, shift, seed):
     theirs = diffusers.FlowMatchHeunDiscreteScheduler.from_config(ours.to_config())
     ours.set_timesteps(steps), theirs.set_timesteps(steps)
     assert len(ours.timesteps) == len(theirs.timesteps) == 2 * steps - 1
-    ours.timesteps = theirs.timesteps  # diffusers ends at sigma_min, shifted twice
+    times = ours.timesteps[[0, *range(1, 2 * steps - 1, 2)]]  # each once
+    theirs.timesteps, sigmas = ours.timesteps, torch.cat([times / 1000, torch.zeros(1)])
+    theirs.sigmas = torch.cat([sigmas[:1], sigmas[1:-1].repeat_interleave(2), sigmas[-1:]])  # its own end at sigma_min, shifted twice
     model, x = toy_model(), torch.randn(3, 6)
-    assert_same_walk(walk(ours, ours.timesteps, model, x, seed), walk(theirs, theirs.timesteps, model, x, seed),
-                     tolerance=2e-4)  # diffusers computes x - (x - v sigma), which costs digits at small sigma
+    assert_same_walk(walk(ours, ours.timesteps, model, x, seed), walk(theirs, theirs.timesteps, model, x, seed), 1e-5)
 
 
+@pytest.mark.parametrize("shift", (1.0, 3.0))
+@pytest.mark.parametrize("solver", ("euler", "heun"))
+def test_flow_in_float64(solver, shift, seed):
+    "Where diffusers has float32 alone: the two methods as a textbook writes them."
+    scheduler, model = FlowMatchingScheduler(shift=shift, solver=solver), toy_model()
+    scheduler.set_timesteps(30)
+    x = start = torch.randn(3, 6, dtype=torch.float64)
+    times = [*dict.fromkeys(scheduler.timesteps.tolist()), 0.0]
+    for t, s in zip(times, times[1:]):
+        h, u = (s - t) / 1000, model(x, t)
+        x = x + h * (u if solver == "euler" or s == 0 else (u + model(x + h * u, s)) / 2)
+    assert_same_walk(walk(scheduler, scheduler.timesteps, model, start, seed)[-1:], [x], 1e-10)
+
+
+@pytest.mark.parametrize("beta_schedule", BETAS)
 @pytest.mark.parametrize("prediction_type", TARGETS)
-def test_training_side_equals_diffusers(prediction_type, seed):
-    ours = DDPMScheduler(prediction_type=prediction_type)
-    theirs = diffusers.DDPMScheduler.from_config(ours.to_config())
-    t, x_0, noise = torch.randint(0, 1000, (64,)), torch.randn(64, 3, 4), torch.randn(64, 3, 4)
-    close = dict(rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(ours.add_noise(x_0, noise, t.float()), theirs.add_noise(x_0, noise, t), **close)
-    torch.testing.assert_close(ours.get_velocity(x_0, noise, t), theirs.get_velocity(x_0, noise, t), **close)
-    flow = FlowMatchingScheduler()
+def test_training_side_equals_diffusers(prediction_type, beta_schedule, seed):
+    ours = DDPMScheduler(prediction_type=prediction_type, beta_schedule=beta_schedule)
+    theirs = reference(ours, diffusers.DDPMScheduler)
+    t = torch.randint(0, 1000, (64,))
+    for dtype, tolerance in PRECISIONS:
+        x_0, noise = torch.randn(64, 3, 4, dtype=dtype), torch.randn(64, 3, 4, dtype=dtype)
+        assert_same_walk([ours.add_noise(x_0, noise, t.float()), ours.get_velocity(x_0, noise, t)],
+                         [theirs.add_noise(x_0, noise, t), theirs.get_velocity(x_0, noise, t)], tolerance)
+        right = {"epsilon": noise, "x0": x_0, "v_prediction": theirs.get_velocity(x_0, noise, t)}[prediction_type]
+        assert_same_walk([ours.get_target(x_0, noise, t)], [right], tolerance)
+
+
+@pytest.mark.parametrize("shift", (1.0, 3.0))
+def test_flow_training_side_equals_diffusers(shift, seed):
+    flow, x_0, noise = FlowMatchingScheduler(shift=shift), torch.randn(64, 3, 4), torch.randn(64, 3, 4)
     theirs = diffusers.FlowMatchEulerDiscreteScheduler.from_config(flow.to_config())
-    times = theirs.timesteps[t]
-    torch.testing.assert_close(flow.add_noise(x_0, noise, times), theirs.scale_noise(x_0, times, noise))
+    times = theirs.timesteps[torch.randint(0, 1000, (64,))]
+    assert_same_walk([flow.add_noise(x_0, noise, times)], [theirs.scale_noise(x_0, times, noise)], 1e-5)
+    assert torch.equal(flow.get_target(x_0, noise, times), noise - x_0)
 
 
 # ---- configurations --------------------------------------------------------------------------------------------------
@@ -282,21 +391,95 @@ def test_gaussian_oracle(scheduler, seed):
     assert abs(x.std() - 1) < (0.02 if scheduler.eta else 3e-3)
 
 
-@pytest.mark.parametrize("solver, order", (("euler", 1), ("heun", 2)))
-def test_order_of_convergence(solver, order):
-    "Data N(0, c^2): the exact flow carries x_1 to c x_1."
-    c, errors = 0.5, []
-    for steps in (16, 32, 64):
-        scheduler = FlowMatchingScheduler(solver=solver)
+# ---- closed forms: data whose exact denoiser is known ----------------------------------------------------------------
+
+PURE = dict(num_train_timesteps=4096, prediction_type="v_prediction", rescale_betas_zero_snr=True)  # timestep T - 1 is pure noise
+SAMPLERS = {"DDPM": (DDPMScheduler(**PURE), 1), "DDIM, eta 0.5": (DDPMScheduler(**PURE, eta=0.5), 1), "DDIM": (DDPMScheduler(**PURE, eta=0.0), 1),
+            "Euler": (FlowMatchingScheduler(), 1), "Heun": (FlowMatchingScheduler(solver="heun"), 2)}
+each_sampler = pytest.mark.parametrize("name", SAMPLERS)
+
+
+def denoised(log_density, x, alpha, sigma):
+    "E[x_0 | x_t] = (x_t + sigma^2 grad log p_t(x_t)) / alpha (Tweedie's formula; Efron 2011), and the noise that goes with it."
+    x = x.clone().requires_grad_()
+    score, = torch.autograd.grad(log_density(x).sum(), x)
+    return (x.detach() + sigma**2 * score) / alpha, -sigma * score
+
+
+def exact(scheduler, make_log_density):
+    "The model that answers with the exact mean of the target; where there is no signal, x_0 is the mean of the data."
+    def model(x, t):
+        alpha, sigma = scheduler.coefficients(t, x)
+        if alpha == 0: alpha = alpha + 1e-9
+        return scheduler.get_target(*denoised(make_log_density(alpha, sigma), x, alpha, sigma), t)
+    return model
+
+
+def fresh_noise(scheduler, t):
+    "The standard deviation of what a step adds."
+    return scheduler.step_weights(float(t), scheduler.previous_timestep(t))[2]
+
+
+def silent_step(monkeypatch, scheduler, model, t, x):
+    "A step without its fresh noise."
+    monkeypatch.setattr(base, "random_like", lambda draw, shape, device, generator=None: torch.zeros(shape))
+    return scheduler.step(model(x, t), t, x).prev_sample
+
+
+def orders(errors):
+    "By which power of 2 an error falls where the steps are doubled."
+    return [math.log2(a / b) for a, b in zip(errors, errors[1:])]
+
+
+@each_sampler
+def test_gaussian_with_full_covariance(name, seed, monkeypatch):
+    "Each step is linear here: mean and covariance follow from where zero and the unit vectors go. No sample, no luck."
+    scheduler, order = SAMPLERS[name]
+    mean = torch.tensor([1.0, -0.5, 2.0], dtype=torch.float64)
+    root = torch.tensor([[0.9, 0, 0], [0.5, 0.4, 0], [-0.3, 0.2, 0.6]], dtype=torch.float64)
+    covariance, eye = root @ root.T, torch.eye(3, dtype=torch.float64)
+    normal = torch.distributions.MultivariateNormal
+    model = exact(scheduler, lambda a, s: normal(a * mean, a**2 * covariance + s**2 * eye).log_prob)
+    errors = []
+    for steps in (32, 64, 128):
         scheduler.set_timesteps(steps)
-        x = torch.ones(1, dtype=torch.float64)
+        start = points = torch.cat([torch.zeros(1, 3, dtype=torch.float64), eye])
+        m, P = start[0], eye
         for t in scheduler.timesteps:
-            alpha, sigma = scheduler.coefficients(t, x)
-            velocity = (sigma - alpha * c**2) / (alpha**2 * c**2 + sigma**2) * x
-            x = scheduler.step(velocity, t, x).prev_sample
-        errors.append(abs(x.item() - c))
-    slopes = [torch.tensor(a / b).log2().item() for a, b in zip(errors, errors[1:])]
-    assert all(abs(s - order) < 0.25 for s in slopes), slopes
+            c, points = fresh_noise(scheduler, t), silent_step(monkeypatch, scheduler, model, t, points)
+            if c:  # otherwise more steps may follow at once, as Heun's must
+                A = points[1:] - points[0]
+                m, P, points = m @ A + points[0], A.T @ P @ A + c**2 * eye, start
+        A = points[1:] - points[0]
+        errors.append(max((m @ A + points[0] - mean).abs().max().item(), (A.T @ P @ A - covariance).abs().max().item()))
+    assert errors[-1] < (0.1 if order == 1 else 2e-3), errors
+    assert all(abs(o - order) < 0.3 for o in orders(errors)), (errors, orders(errors))
+
+
+WEIGHTS, MEANS, WIDTHS = (torch.tensor(v, dtype=torch.float64) for v in ([0.3, 0.5, 0.2], [-1.5, 0.4, 1.6], [0.4, 0.5, 0.3]))
+
+
+@each_sampler
+def test_mixture_of_gaussians(name, seed, monkeypatch):
+    "The density itself is carried along a fine grid: points move with the step, fresh noise is a Gaussian kernel."
+    scheduler, order = SAMPLERS[name]
+    D = torch.distributions
+    mixture = lambda a, s: D.MixtureSameFamily(D.Categorical(WEIGHTS), D.Normal(a * MEANS, (a**2 * WIDTHS**2 + s**2).sqrt()))
+    model = exact(scheduler, lambda a, s: lambda x: mixture(a, s).log_prob(x))
+    mean, variance = mixture(torch.ones(()), torch.zeros(())).mean, mixture(torch.ones(()), torch.zeros(())).variance
+    grid = torch.linspace(-6, 6, 801, dtype=torch.float64)
+    mass = D.Normal(0.0, 1.0).log_prob(grid).exp() * (grid[1] - grid[0])
+    errors = []
+    for steps in (16, 32, 64):
+        scheduler.set_timesteps(steps)
+        x, p = grid, mass
+        for t in scheduler.timesteps:
+            c, x = fresh_noise(scheduler, t), silent_step(monkeypatch, scheduler, model, t, x)
+            if c: x, p = grid, D.Normal(x[:, None], c).log_prob(grid).exp().T @ p * (grid[1] - grid[0])
+        assert abs(p.sum() - 1) < 1e-6
+        errors.append(max(abs(m - e).item() for m, e in [((p * x).sum(), mean), ((p * x**2).sum() - (p * x).sum() ** 2, variance)]))
+    assert errors[-1] < (0.1 if order == 1 else 2e-3), errors
+    assert all(abs(o - order) < 0.35 for o in orders(errors)), (errors, orders(errors))
 
 
 @pytest.mark.parametrize("eta", (0.0, 0.3, 1.0))

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SD15_UNET', 'SD15_VAE', 'SD15_TEXT', 'TEXT_KEYS', 'VAE_KEYS', 'WEIGHTS', 'PICKLES', 'REQUIRED', 'NO_EFFECT', 'rename',
-           'text_key', 'read_weights', 'read_json', 'write_json', 'check_config', 'is_valid', 'make_config',
-           'unet_to_diffusers', 'unet_from_diffusers', 'vae_to_diffusers', 'vae_from_diffusers', 'text_to_transformers',
-           'text_from_transformers', 'load_weights', 'save_component', 'clip_from_config', 'load_model', 'load_unet',
-           'load_vae', 'load_text_encoder', 'load_clip', 'read_byte_pairs', 'load_tokenizer', 'load_scheduler',
-           'check_parts', 'fetch']
+           'text_key', 'read_weights', 'read_text', 'read_json', 'write_json', 'check_config', 'is_valid',
+           'make_config', 'unet_to_diffusers', 'unet_from_diffusers', 'vae_to_diffusers', 'vae_from_diffusers',
+           'text_to_transformers', 'text_from_transformers', 'load_weights', 'save_component', 'clip_from_config',
+           'load_model', 'load_unet', 'load_vae', 'load_text_encoder', 'load_clip', 'read_byte_pairs', 'load_tokenizer',
+           'load_scheduler', 'check_parts', 'fetch']
 
 # %% ../nbs/15_stable_diffusion.ipynb #aa028d9e
 import json
@@ -84,14 +84,20 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     return {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in weights.items()}
 
 # %% ../nbs/15_stable_diffusion.ipynb #5cb2bb5c
-def read_json(path: Path) -> dict:
-    "An object from a small JSON file; FileNotFoundError or ValueError in one line."
+def read_text(path: Path) -> str:
+    "A configuration or a vocabulary; FileNotFoundError or ValueError in one line where it is missing or absurdly large."
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: {path.parent.parent} is not a complete checkpoint")
     if path.stat().st_size > 20_000_000:
-        raise ValueError(f"{path} has {path.stat().st_size / 1e6:.0f} MB, too much for a JSON file")
+        raise ValueError(f"{path} has {path.stat().st_size / 1e6:.0f} MB, too much for a configuration or a vocabulary")
+    return path.read_text(encoding="utf-8")
+
+
+def read_json(path: Path) -> dict:
+    "An object from a small JSON file; FileNotFoundError or ValueError in one line."
+    text = read_text(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error})") from None
     if not isinstance(content, dict):
@@ -275,7 +281,7 @@ def read_byte_pairs(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]
         pairs = content["model"]["merges"]
     else:
         vocab = read_json(folder / "vocab.json")
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+        lines = read_text(folder / "merges.txt").split("\n")
         pairs = [line for line in lines if line.strip() and not line.startswith("#version")]
     merges = [(a, b) for a, b in (pair.split() if isinstance(pair, str) else pair for pair in pairs)]
     needed = {START, END}.union(*((a, b, a + b) for a, b in merges))
@@ -328,13 +334,19 @@ def fetch(
     hub_id: str,  # "organization/name"
     revision: str | None = None,  # a branch, a tag, or best a commit; None: the newest
 ) -> Path:  # a folder that `load_unet` and the others open
-    "Download a pipeline from the Hugging Face hub, once: configurations and safetensors of the five parts, and nothing else."
+    "Download a pipeline, or a part alone, from the hub, once: configurations and safetensors; float16 only where there is no float32."
     from huggingface_hub import snapshot_download
 
-    files = ("*.json", "*.txt", *(f"{name}.safetensors" for name in WEIGHTS))
     parts = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+    alone = ("model_index.json", "config.json", "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json")
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=["model_index.json", *(f"{p}/{f}" for p in parts for f in files)]))
+        for variant in ("", ".fp16"):
+            weights = [f"{name}{variant}.safetensors" for name in WEIGHTS]
+            wanted = [*alone, *weights, *(f"{part}/{file}" for part in parts for file in ("*.json", "*.txt", *weights))]
+            folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=wanted))
+            if any(found for file in weights for found in (*folder.glob(file), *folder.glob(f"*/{file}"))):
+                break
+        return folder
     except Exception as error:  # no network, no such model, not public: the hub's many errors
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
         raise FileNotFoundError(f"cannot fetch {hub_id!r} from the Hugging Face hub: {reason[0]}") from None

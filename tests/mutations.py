@@ -1,0 +1,206 @@
+"""Mistakes that others made, put into a copy of the package one at a time: some test must fail for each. `make mutations`
+
+Libraries are imported once; every mutation is a process forked from here (so: Linux or macOS) that finds its own copy
+of the package first. What must catch a mistake is named with it. `python tests/mutations.py WORD` tries those of which
+the pitfall, the file or a test contains the word.
+"""
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass
+class Mutation:
+    pitfall: str
+    file: str  # in tinydiff/
+    old: str  # occurs once there
+    new: str
+    tests: tuple[str, ...]  # those meant to catch it, in tests/
+
+
+def bug(pitfall, file, old, new, *tests):
+    return Mutation(pitfall, file, old, new, tests)
+
+
+BASE, DDPM, FLOW = "schedulers/base.py", "schedulers/ddpm.py", "schedulers/flow_matching.py"
+S, M, F, T, P, X = (f"test_{name}.py::test_" for name in ("schedulers", "models", "folders", "train", "sample", "pitfalls"))
+RESUME = T + "resumed_equals_uninterrupted[vae-flip-grad_accum-vae_batch_size-batch_size]"
+NAIVE_NORM = """type("Naive", (nn.GroupNorm,), {"forward": lambda self, x: (
+            (g := x.unflatten(1, (self.num_groups, -1)).flatten(2)), (m := g.mean(2, keepdim=True)),
+            ((g - m) / ((g * g).mean(2, keepdim=True) - m * m + self.eps).clamp(min=1e-6).sqrt()).view_as(x))[2]})(norm_num_groups, in_channels, eps=eps)"""
+
+MUTATIONS = [
+    # --- schedules
+    bug("linear betas with Stable Diffusion's endpoints", DDPM, 'beta_schedule: str = "scaled_linear"', 'beta_schedule: str = "linear"', S + "stable_diffusion_alpha_bar"),
+    bug("linear betas with Stable Diffusion's endpoints", DDPM, 'power = 2 if schedule == "scaled_linear" else 1', "power = 1", S + "stable_diffusion_alpha_bar"),
+    bug("betas not rescaled for another T", DDPM, "betas = 1000 / T * torch.linspace(", "betas = torch.linspace(", S + "betas_follow_the_number_of_timesteps"),
+    bug("betas not rescaled for another T", DDPM, "ours[key] * ours['num_train_timesteps'] / 1000", "ours[key]", S + "config_survives_json_and_diffusers"),
+    bug("betas not rescaled for another T", DDPM, "theirs[key] * 1000 / theirs['num_train_timesteps']", "theirs[key]", S + "config_survives_json_and_diffusers"),
+    bug("betas[t] where steps are skipped", BASE, "torch.tensor([t, s], dtype=torch.float64)", "torch.tensor([t, max(t - 1, s)], dtype=torch.float64)",
+        S + "gaussian_with_full_covariance[DDPM]"),
+    bug("betas[t] where steps are skipped", DDPM, "self.alphas_cumprod[[int(t), int(s)]]", "self.alphas_cumprod[[int(t), int(t) - 1]]", S + "fixed_large_equals_diffusers_until_the_last_step"),
+    bug("x_0 clipped in latent space", DDPM, "clip_sample: bool = False ", "clip_sample: bool = True ", S + "gaussian_oracle"),
+    bug("x_0 clipped in latent space", DDPM, "if not self.clip_sample: return x_0, eps", "", S + "gaussian_oracle"),
+    bug("previous timestep by arithmetic", BASE, "return next((s for s in chain[here:] if s < chain[here]), self.clean_timestep)",
+        "return max(chain[here] - self.num_train_timesteps // len(chain), self.clean_timestep)", S + "steps_form_a_chain"),
+    bug("noise in the last step", BASE, "if c > 0: prev = prev + c *", "if c >= 0: prev = prev + max(c, 0.01) *", S + "last_step_is_deterministic_and_clean"),
+    bug("noise in the last step", DDPM, ' or s == self.clean_timestep: return a, b, c', ': return a, b, c', S + "last_step_is_deterministic_and_clean"),
+    bug("the end at alpha-bar_0", DDPM, "set_alpha_to_one: bool = True ", "set_alpha_to_one: bool = False", S + "last_step_is_deterministic_and_clean"),
+    bug("the end at alpha-bar_0", DDPM, "end = self.alphas_cumprod.new_ones(1) if", "end = self.alphas_cumprod[:1] if", S + "last_step_is_deterministic_and_clean"),
+    bug("shift applied twice", FLOW, "sigma = shift_sigma(1 - torch.arange(N, dtype=torch.float64) / N, self.shift)",
+        "sigma = shift_sigma(shift_sigma(1 - torch.arange(N, dtype=torch.float64) / N, self.shift), self.shift)", S + "shift_is_applied_once"),
+    bug("shift applied twice", FLOW, "return shift_sigma(sigma, self.shift) * self.num_train_timesteps", "return shift_sigma(shift_sigma(sigma, self.shift), self.shift) * self.num_train_timesteps",
+        X + "training_times_are_shifted_once"),
+    bug("zero-terminal-SNR with epsilon", DDPM, 'if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":', "if False:", S + "refusals"),
+    bug("zero-terminal-SNR that is not zero", DDPM, "return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2", "return alphas_cumprod", S + "zero_terminal_snr"),
+    bug("min-SNR weight of v", BASE, "(sigma / (alpha * d - sigma * c)) ** 2", "(sigma / alpha) ** 2", S + "min_snr_weights"),
+    # --- time
+    bug("t in [0, 1] into the sinusoid", FLOW, "times = (sigma * self.num_train_timesteps).float()", "times = sigma.float()", S + "shift_is_applied_once"),
+    bug("t in [0, 1] into the sinusoid", "models/time_embed.py", "angles = timesteps.float()[:, None] *", "angles = timesteps.float()[:, None] / 1000 *", M + "time_embedding_sees_ten_steps"),
+    bug("bf16 timesteps", "models/time_embed.py", "angles = timesteps.float()[:, None] *", "angles = timesteps.bfloat16().float()[:, None] *", M + "timesteps_stay_apart_under_autocast"),
+    bug("bf16 timesteps", "models/unet.py", "self.time_embedding(timesteps.expand(len(sample)))", "self.time_embedding(timesteps.to(sample.dtype).expand(len(sample)))",
+        M + "a_unet_of_bf16_weights_hears_one_step"),
+    # --- latents
+    bug("scaling factor missing", "sample.py", "self.vae.decode(latents / self.vae.config.scaling_factor)", "self.vae.decode(latents)", P + "decode_undoes_what_encoding_does"),
+    bug("scaling factor missing", "train.py", "return (mean + (0.5 * logvar).exp() * eps) * self.scale", "return mean + (0.5 * logvar).exp() * eps", X + "latents_are_scaled_once"),
+    bug("scaling factor twice", "train.py", "return (mean + (0.5 * logvar).exp() * eps) * self.scale", "return (mean + (0.5 * logvar).exp() * eps) * self.scale**2",
+        X + "latents_are_scaled_once"),
+    bug("scaling factor twice", "sample.py", "self.vae.decode(latents / self.vae.config.scaling_factor)", "self.vae.decode(latents / self.vae.config.scaling_factor**2)",
+        P + "decode_undoes_what_encoding_does"),
+    bug("scaling factor not stored", "stable_diffusion.py", '{"_class_name": "AutoencoderKL", **ours, "down', '{"_class_name": "AutoencoderKL", **ours, "scaling_factor": 1.0, "down', F + "scaling_factor_is_stored"),
+    bug("scaling factor not measured", "train.py", "scaling_factor=scaling_factor(model, images.to(self.run.device))", "scaling_factor=1.0", T + "scaling_factor"),
+    bug("cached latents freeze the posterior sample", "train.py", 'eps = self.run.noise("posterior", step,', 'eps = 0 * self.run.noise("posterior", step,', T + "cached_latents_are_fresh_each_epoch"),
+    bug("cached latents freeze the flip", "train.py", 'coins = torch.randint(moments.shape[1], (len(rows),), generator=generator_at(self.run.config.seed, "flip", step))',
+        "coins = torch.zeros(len(rows), dtype=torch.long)", T + "both_mirrors_are_used"),
+    # --- captions and guidance
+    bug("one coin a batch in caption dropout", "train.py", "dropped = torch.rand(len(rows), 1,", "dropped = torch.rand(1, 1,", T + "captions_are_dropped_one_by_one"),
+    bug("another null in training than in sampling", "train.py", 'parts.tokenizer([""])', 'parts.tokenizer(["nothing"])', X + "training_and_sampling_mean_the_same_by_no_text"),
+    bug("c + w (c - u)", "sample.py", "return unconditional + guidance_scale * (conditional - unconditional)", "return conditional + guidance_scale * (conditional - unconditional)",
+        P + "scale_1_is_conditional_and_0_unconditional[flow]"),
+    # --- average and resume
+    bug("EMA loaded as the weights", "train.py", 'model.load_state_dict(tensors["model"])', 'model.load_state_dict(tensors["ema"])', RESUME),
+    bug("EMA's counter lost", "train.py", "ema.update(model, step)", "ema.update(model, step - first)", RESUME),
+    bug("EMA in bf16", "train.py", "copy.deepcopy(model).float().eval()", "copy.deepcopy(model).eval()", T + "ema_of_a_scalar"),
+    bug("EMA touches the weights", "train.py", "torch._foreach_lerp_(list(self.model.parameters()), [p.float() for p in model.parameters()], 1 - decay)",
+        "torch._foreach_lerp_(list(self.model.parameters()), [p.float() for p in model.parameters()], 1 - decay)\n        model.load_state_dict(self.model.state_dict())", T + "ema_of_a_scalar"),
+    bug("EMA trained but not used", "train.py", "stage.finish(ema.model)", "stage.finish(stage.model)", X + "a_run_gives_its_average"),
+    bug("resume restarts the epoch", "train.py", "stage.start(first)", "stage.start(0)", RESUME),
+    bug("resume repeats noise", "train.py", "seed_at(c.seed, stage.name, step, run.rank)", "seed_at(c.seed, stage.name, step - first, run.rank)", RESUME),
+    bug("every step has the same noise", "train.py", "generator=generator_at(self.config.seed, name, step)", "generator=generator_at(self.config.seed, name)", X + "every_step_has_noise_of_its_own"),
+    bug("resume without the optimizer", "train.py", 'load_optimizer_tensors(optimizer, tensors["optimizer"])', "pass", RESUME),
+    # --- CLIP
+    bug("equal captions as negatives", "models/clip.py", "same = (ids[:, None] == ids[None]).all(dim=-1).float()", "same = torch.eye(len(ids))", M + "equal_captions_are_not_negatives"),
+    bug("temperature without exp", "models/clip.py", "self.logit_scale.clamp(max=math.log(100)).exp()", "self.logit_scale.clamp(max=math.log(100))", M + "temperature_is_exponentiated_and_clamped"),
+    bug("temperature unclamped", "models/clip.py", "self.logit_scale.clamp(max=math.log(100)).exp()", "self.logit_scale.exp()", M + "temperature_is_exponentiated_and_clamped"),
+    bug("special tokens in capitals", "models/clip.py", "pre_tokenizers.ByteLevel(add_prefix_space=False)]", "pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]", F + "tokenizer_equals_transformers"),
+    # --- configurations
+    bug("a key silently ignored", BASE, "unknown = [k for k in config if k not in known]", "config, unknown = {k: v for k, v in config.items() if k in known}, []", S + "refusals"),
+    bug("a key silently ignored", "train.py", "    for key in values:\n", "    values = {k: v for k, v in values.items() if k in known}\n    for key in values:\n", T + "stored_configuration_is_checked"),
+    bug("a key silently ignored", "stable_diffusion.py", "key not in NO_EFFECT and (value or None)", "key in ours and (value or None)", F + "bad_folders_are_refused_in_one_line"),
+    # --- precision and details of Stable Diffusion
+    bug("GroupNorm in bf16", "models/vae.py", "self.norm1 = nn.GroupNorm(norm_num_groups, in_channels, eps=eps)", "self.norm1 = " + NAIVE_NORM, M + "group_norm_in_bf16_with_a_large_mean"),
+    bug("a detail of Stable Diffusion", "models/attention.py", "self.norm = nn.GroupNorm(norm_num_groups, channels, eps=1e-6)", "self.norm = nn.GroupNorm(norm_num_groups, channels, eps=1e-5)", M + "unet_equals_diffusers"),
+    bug("a detail of Stable Diffusion", "models/attention.py", "return value * F.gelu(gate)", 'return value * F.gelu(gate, approximate="tanh")', M + "unet_equals_diffusers"),
+    bug("a detail of Stable Diffusion", "models/attention.py", "value, gate = self.proj(x).chunk(2, dim=-1)", "gate, value = self.proj(x).chunk(2, dim=-1)", M + "unet_equals_diffusers"),
+    bug("a detail of Stable Diffusion", "models/time_embed.py", "torch.cat([angles.cos(), angles.sin()], dim=-1)", "torch.cat([angles.sin(), angles.cos()], dim=-1)", M + "unet_equals_diffusers"),
+    bug("a detail of Stable Diffusion", "models/vae.py", "F.pad(x, (0, 1, 0, 1))", "F.pad(x, (1, 0, 1, 0))", M + "vae_equals_diffusers"),
+    bug("a detail of Stable Diffusion", "models/clip.py", "x * torch.sigmoid(1.702 * x)", "x * torch.sigmoid(1.7 * x)", M + "text_encoder_equals_transformers"),
+    # --- files
+    bug("pickles", "stable_diffusion.py", "        but = f\"; {pickles[0]} is a pickle", "        if pickles: return torch.load(folder / pickles[0], weights_only=False)\n        but = f\"; {pickles[0]} is a pickle",
+        F + "pickles_are_never_opened"),
+    bug("pickles", "stable_diffusion.py", "import json\n", "import json\nimport pickle\n", F + "nothing_in_the_package_can_unpickle"),
+    bug("JSON of any size", "stable_diffusion.py", "if path.stat().st_size > 20_000_000:", "if False:", F + "bad_folders_are_refused_in_one_line[oversized]"),
+]
+
+
+class Watch:
+    "A pytest plugin: the first failure."
+    failed, ran, broken = "", 0, False
+
+    def pytest_runtest_logreport(self, report):
+        self.ran += report.when == "call"
+        if report.failed and not self.failed: self.failed = report.nodeid.split("::")[-1]
+
+    def pytest_collectreport(self, report):
+        self.broken = self.broken or report.failed
+
+
+def run_tests(package: Path, tests) -> Watch:
+    "Run tests of this project on the package in a folder, in this process."
+    import pytest
+    watch = Watch()
+    sys.path.insert(0, str(package))
+    os.environ["PYTHONPATH"] = str(package)
+    os.chdir(package)
+    with open(package / "log", "w") as log:
+        os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
+        pytest.main(["-x", "-q", "--tb=line", "-p", "no:cacheprovider", "--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml"),
+                     *(str(ROOT / "tests" / name) for name in tests)], plugins=[watch])
+    import tinydiff
+    assert Path(tinydiff.__file__).parent == package / "tinydiff", tinydiff.__file__
+    return watch
+
+
+def copy_package(folder: Path) -> Path:
+    shutil.copytree(ROOT / "tinydiff", folder / "tinydiff", ignore=shutil.ignore_patterns("__pycache__", "pretrained"))
+    (folder / "tinydiff" / "pretrained").symlink_to(ROOT / "tinydiff" / "pretrained")
+    return folder
+
+
+def verdict(mutation: Mutation) -> tuple[str, float]:
+    "The test that caught it; or SURVIVED, or why it could not be tried."
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        path = copy_package(Path(folder).resolve()) / "tinydiff" / mutation.file
+        source = path.read_text(encoding="utf-8")
+        if source.count(mutation.old) != 1:
+            return f"NO MATCH: the text occurs {source.count(mutation.old)} times", 0.0
+        path.write_text(source.replace(mutation.old, mutation.new), encoding="utf-8")
+        watch = run_tests(path.parents[1 + mutation.file.count("/")], mutation.tests)
+        os.chdir(ROOT)
+    result = "BROKEN: its tests cannot even be collected" if watch.broken or not (watch.ran or watch.failed) else watch.failed or "SURVIVED"
+    return result, time.perf_counter() - start
+
+
+def sound(tests: list[str]) -> str:
+    "Without a mistake all of these tests pass; otherwise their failing says nothing."
+    with tempfile.TemporaryDirectory() as folder:
+        watch = run_tests(copy_package(Path(folder).resolve()), tests)
+        os.chdir(ROOT)
+    return watch.failed or ("cannot be collected" if watch.broken or not watch.ran else "")
+
+
+def preload():
+    "What takes long to import, and is not ours."
+    os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", MPLBACKEND="agg")
+    import diffusers, datasets, matplotlib.pyplot, pytest, safetensors.torch, tokenizers, torch, torchvision, transformers, tyro  # noqa: F401
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel  # noqa: F401
+    from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
+    torch.set_num_threads(1)
+
+
+def main(word: str = "") -> int:
+    chosen = [m for m in MUTATIONS if word in " ".join((m.pitfall, m.file, *m.tests))]
+    preload()
+    sys.path = [p for p in sys.path if p not in (str(ROOT), "")]
+    with multiprocessing.get_context("fork").Pool(os.cpu_count(), maxtasksperchild=1) as pool:
+        unsound = pool.apply_async(sound, (sorted({test for m in chosen for test in m.tests}),))
+        results = []
+        for mutation, (result, seconds) in zip(chosen, pool.imap(verdict, chosen, chunksize=1)):
+            results.append(result)
+            print(f"{mutation.pitfall[:46]:46}  {mutation.file:25}  {result[:90]}  ({seconds:.0f} s)", flush=True)
+        unsound = unsound.get()
+    bad = [r for r in results if r.split(":")[0] in ("SURVIVED", "NO MATCH", "BROKEN")]
+    print(f"{len(results) - len(bad)} of {len(results)} mistakes caught" + (f"; but {unsound} fails without any" if unsound else ""))
+    return 1 if bad or unsound or not results else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:2]))
