@@ -11,7 +11,7 @@ __all__ = ['WHOLE', 'EACH', 'POSITION_TOLERANCE', 'SIX', 'CATEGORIES', 'WITHHOLD
            'shows_relation', 'is_right', 'bootstrap', 'summarize', 'question_scores', 'chance_scores', 'fill',
            'renders_of', 'frechet_distance', 'kernel_distance', 'distances', 'small_pixels', 'nearest', 'first_seed',
            'draw_pictures', 'Evaluation', 'evaluate', 'failure_sheet', 'report', 'score_table', 'EvalConfig',
-           'open_checkpoint', 'read_step', 'sampler_name', 'unet_calls', 'run_exam', 'plot_sweep', 'run_exams', 'main']
+           'read_step', 'open_checkpoint', 'sampler_name', 'unet_calls', 'run_exam', 'plot_sweep', 'run_exams', 'main']
 
 # %% ../nbs/13_evaluate.ipynb #2518e837
 import dataclasses
@@ -194,7 +194,7 @@ def reader_losses(
     things: Tensor,  # (batch, 4, 5)
 ) -> dict[str, Tensor]:
     "The loss of each output; their sum is what training makes small."
-    mass = spread_mass(things[..., 3], things[..., 4], logits["mass"].shape[-1]) * (things[..., 0] >= 0)[..., None, None]
+    mass = spread_mass(things[..., 3], things[..., 4], logits["mass"].shape[-1])  # (batch, 4, S, S); what is not there lies at -1, far outside
     losses = {"mass": F.binary_cross_entropy_with_logits(logits["mass"], mass.sum(1).clamp(max=1), reduction="none").sum((1, 2)).mean()}
     for k, name in enumerate(EACH):
         label = things[..., k].long().clamp(min=0)[..., None, None].expand_as(mass)
@@ -211,7 +211,8 @@ def read_logits(logits: dict[str, Tensor]) -> list[Reading]:
     "What the reader's outputs say, picture by picture; things in reading order."
     mass = logits["mass"].sigmoid()[:, None]  # (batch, 1, S, S)
     near = around(mass)
-    peaks = ((mass == F.max_pool2d(mass, 3, 1, 1)) & (near > 0.5))[:, 0]
+    rank = mass + 1e-6 * torch.arange(mass[0].numel(), device=mass.device).view(mass.shape[1:])  # of two equals, the later is the peak
+    peaks = ((rank == F.max_pool2d(rank, 3, 1, 1)) & (near > 0.5))[:, 0]
     middles = (torch.arange(mass.shape[-1], device=mass.device) + 0.5) / mass.shape[-1]
     x, y = ((around(mass * v) / near)[:, 0] for v in (middles, middles[:, None]))
     words = {name: around(mass * logits[name]).argmax(1) for name in EACH} | {name: logits[name].argmax(1) for name in WHOLE}
@@ -355,7 +356,7 @@ class Question:
     number: int  # in its list
     prompt: str
 
-    @property
+    @functools.cached_property
     def scene(self) -> Scene:
         return parse(self.prompt)
 
@@ -629,24 +630,24 @@ class EvalConfig:
         return [dict(zip(names, values)) for values in itertools.product(self.checkpoint, self.scheduler or (None,), self.guidance_scale, self.steps)]
 
 # %% ../nbs/13_evaluate.ipynb #fd84b16a
-def open_checkpoint(name: str, sampler: str | None = None, device: str | torch.device = "cpu") -> TextToImage:
-    "A pipeline, or one step of a finished run, with its sampler chosen."
-    if Path(name).suffix == ".safetensors":
-        pipe = TextToImage.from_pretrained(Path(name).resolve().parents[3], device)
-        weights = {key: tensor.to(device) for key, tensor in read_step(Path(name)).items()}
-        load_weights(nn.ModuleDict({"unet": pipe.unet, "text_encoder": pipe.text_encoder}), weights, name)
-    else:
-        pipe = TextToImage.from_pretrained("tiny-ddpm" if name == "tiny" and sampler in ("ddpm", "ddim") else name, device)
-    pipe.scheduler = choose_sampler(pipe.scheduler, sampler)
-    return pipe
-
-
 def read_step(path: Path) -> dict[str, Tensor]:
     "The weights of one step of a run; ValueError where the file cannot be read."
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read ({error})") from None
+
+
+def open_checkpoint(name: str, sampler: str | None = None, device: str | torch.device = "cpu") -> TextToImage:
+    "A pipeline, or one step of a finished run, with its sampler chosen."
+    if Path(name).suffix == ".safetensors":  # RUN/checkpoints/diffusion/STEP/ema.safetensors
+        weights = {key: tensor.to(device) for key, tensor in read_step(Path(name)).items()}
+        pipe = TextToImage.from_pretrained((Path(name).parent / "../../..").resolve(), device)
+        load_weights(nn.ModuleDict({"unet": pipe.unet, "text_encoder": pipe.text_encoder}), weights, name)
+    else:
+        pipe = TextToImage.from_pretrained("tiny-ddpm" if name == "tiny" and sampler in ("ddpm", "ddim") else name, device)
+    pipe.scheduler = choose_sampler(pipe.scheduler, sampler)
+    return pipe
 
 # %% ../nbs/13_evaluate.ipynb #0914556b
 def sampler_name(pipe: TextToImage) -> str:
