@@ -1,0 +1,288 @@
+"SceneEval: the reader, the exam, the marks, and the distances between sets of pictures."
+import dataclasses
+import hashlib
+import json
+import random
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from tinydiff import evaluate as ev
+from tinydiff.sample import TextToImage
+from tinydiff.scenes import COLORS, KINDS, Scenes, is_heldout, parse, sample_scene
+
+
+@pytest.fixture(scope="module")
+def reader():
+    return ev.load_reader()
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return TextToImage.from_pretrained("tiny")
+
+
+def truths(seed, n):
+    rng = random.Random(seed)
+    return [ev.draw_and_tell(sample_scene(rng, heldout=i % 2 == 1), 64, rng.getrandbits(32)) for i in range(n)]
+
+
+# --- the reader
+
+def test_bundled_reader_reads_fresh_renders(reader, seed):
+    "Every attribute, in scenes that training of the diffusion model sees and in those withheld from it."
+    pictures, told = zip(*truths(seed, 300))
+    for name, percent in ev.reading_accuracy(told, ev.read_pictures(reader, list(pictures))).items():
+        assert percent >= 98, f"{name}: {percent:.2f} %"
+
+
+def test_reader_sees_each_thing_for_itself(reader):
+    "Where neighbors have different kinds and colors, as no caption of the grammar can say, it does not assume that they are alike."
+    left, right = (ev.draw_and_tell(parse(f"four {words} in the snow"), 64, 3) for words in ("small red boats", "small blue stars"))
+    picture, truth = ev.splice(left, right, "x")
+    seen = ev.read_pictures(reader, [picture])[0]
+    assert sorted((t.kind, t.color) for t in seen.things) == [("boat", "red")] * 2 + [("star", "blue")] * 2
+    assert all(map(all, ev.compare(truth, seen).values()))
+
+
+def test_mass_counts_and_places(rng):
+    x, y = torch.rand(2, 50, generator=rng) * 7 / 8 + 1 / 16  # middles between the first and the last cells' middles
+    mass, middles = ev.spread_mass(x, y, 8), (torch.arange(8) + 0.5) / 8
+    torch.testing.assert_close(mass.sum((1, 2)), torch.ones(50))
+    torch.testing.assert_close((mass * middles).sum((1, 2)), x)
+    torch.testing.assert_close((mass * middles[:, None]).sum((1, 2)), y)
+    assert ((mass > 0).sum((1, 2)) <= 4).all()
+
+
+def test_reading_undoes_the_labels(seed):
+    "Logits made from the truth, by a loop that knows nothing of the code's tensors, are read as the truth."
+    for _, truth in truths(seed, 40):
+        mass, words = torch.zeros(8, 8), {name: torch.zeros(len(known), 8, 8) for name, known in ev.EACH.items()}
+        for t in truth.things:
+            for i in range(8):
+                for j in range(8):
+                    w = max(0, 1 - abs(8 * t.x - j - 0.5)) * max(0, 1 - abs(8 * t.y - i - 0.5))
+                    mass[i, j] += w
+                    for name, known in ev.EACH.items():
+                        words[name][known.index(getattr(t, name)), i, j] += w
+        logits = {"mass": mass.clamp(1e-6, 1 - 1e-6).logit()[None], **{name: w[None] for name, w in words.items()}}
+        for name, known in ev.WHOLE.items():
+            logits[name] = F.one_hot(torch.tensor([known.index(getattr(truth, name))]), len(known)).float()
+        seen = ev.read_logits(logits)[0]
+        assert all(map(all, ev.compare(truth, seen).values())), f"{truth} read as {seen}"
+
+
+def test_losses_of_a_reader_that_knows_nothing():
+    _, whole, things = map(torch.stack, zip(*ev.ReaderScenes(32)))
+    blank = {"mass": torch.full((32, 8, 8), -30.0), **{name: torch.zeros(32, len(w), 8, 8) for name, w in ev.EACH.items()},
+             **{name: torch.zeros(32, len(w)) for name, w in ev.WHOLE.items()}}
+    losses = ev.reader_losses(blank, whole, things)
+    for name, words in (ev.WHOLE | ev.EACH).items():
+        assert losses[name].item() == pytest.approx(np.log(len(words)), rel=1e-5)
+    count = (things[..., 0] >= 0).sum().item()
+    assert losses["mass"].item() == pytest.approx(30 * count / 32, rel=1e-3)  # every missed unit of mass costs the logit
+
+
+def test_reader_learns(tmp_path):
+    "A few steps on eight pictures lower every loss; what is saved is what is loaded."
+    torch.manual_seed(0)
+    images, whole, things = map(torch.stack, zip(*ev.ReaderScenes(8)))
+    model, images = ev.Reader().train(), images / 127.5 - 1
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    history = []
+    for _ in range(25):
+        losses = ev.reader_losses(model(images), whole, things)
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+        history.append({name: loss.item() for name, loss in losses.items()})
+    assert all(history[-1][name] < 0.7 * history[0][name] for name in history[0]), (history[0], history[-1])
+    ev.save_reader(model, tmp_path)
+    with torch.no_grad():
+        ours, theirs = model.eval().features(images), ev.load_reader(tmp_path).features(images)
+    torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)  # float16
+
+
+def test_reader_of_other_words_is_refused(tmp_path):
+    ev.save_reader(ev.Reader(), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["words"]["kind"][0] = "castle"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="other words"):
+        ev.load_reader(tmp_path)
+
+
+# --- the exam
+
+def test_exam_stays_the_same():
+    "Results of different versions can be compared only if the prompts are the same: whoever changes them changes this, and says so."
+    questions = ev.exam()
+    assert len(questions) == 650 and [q.prompt for q in ev.exam(3)] == [q.prompt for q in questions if q.number < 3]
+    digest = hashlib.sha256("\n".join(f"{q.category} {q.heldout} {q.prompt}" for q in questions).encode()).hexdigest()
+    assert digest[:16] == "aa2bfaaf8553e301"
+
+
+def test_exam_asks_what_it_should():
+    for q in ev.exam():
+        assert is_heldout(q.scene) == q.heldout
+        said = [(t.color is not None, t.count > 1) for t in q.scene.things]
+        expected = {"single object": [(False, False)], "counting": [(False, True)], "two objects": [(False, False)] * 2,
+                    "position": [(False, False)] * 2, "binding": [(True, False)] * 2}.get(q.category, [(True, False)])
+        assert said == expected, q
+        assert (q.scene.style != "plain") == (q.category == "style") and (q.scene.place is not None or q.category != "place")
+
+
+def test_true_pictures_pass_and_false_ones_fail(seed):
+    rng = random.Random(seed)
+    for q in ev.exam(12):
+        _, truth = ev.draw_and_tell(ev.fill(q.scene, rng), 64, rng.getrandbits(32))
+        assert ev.is_right(q, truth), (q, truth)
+        thing, *rest = truth.things
+        change = lambda **new: dataclasses.replace(truth, things=(dataclasses.replace(thing, **new), *rest))
+        other = lambda word, words: next(w for w in words if w not in (word, *(getattr(t, "kind") for t in rest), *(getattr(t, "color") for t in rest)))
+        wrong = {"style": [dataclasses.replace(truth, style="plain")],
+                 "place": [dataclasses.replace(truth, place=other(truth.place, ev.WHOLE["place"]))]}.get(q.category)
+        if wrong is None:
+            wrong = [change(kind=other(thing.kind, KINDS)), dataclasses.replace(truth, things=truth.things + (thing,)), dataclasses.replace(truth, things=tuple(rest))]
+        if q.category in ("colors", "binding"):
+            wrong.append(change(color=other(thing.color, COLORS)))
+        if q.category == "binding":
+            wrong.append(dataclasses.replace(truth, things=(dataclasses.replace(thing, color=rest[0].color), dataclasses.replace(rest[0], color=thing.color))))
+        if q.category == "position":
+            wrong.append(dataclasses.replace(truth, things=(dataclasses.replace(thing, kind=rest[0].kind), dataclasses.replace(rest[0], kind=thing.kind))))
+        for seen in wrong:
+            assert not ev.is_right(q, seen), (q, seen)
+
+
+def test_reader_passes_renders_of_the_exam(reader):
+    "The judge and the marks together: renders of the prompts score nearly 100."
+    questions = ev.exam(8)
+    seen = ev.read_pictures(reader, ev.renders_of(questions, 2, 64, seed=1))
+    table = ev.summarize(questions, ev.question_scores(questions, [seen[2 * i : 2 * i + 2] for i in range(len(questions))]))
+    assert table["seen"]["overall"][0] > 96 and table["heldout"]["overall"][0] > 96, table
+    assert list(table["seen"]) == [*ev.CATEGORIES, "overall"] and list(table["heldout"]) == [*ev.WITHHOLDABLE, "overall"]
+
+
+def test_chance_is_the_score_of_other_prompts():
+    questions = [ev.Question("place", False, i, text) for i, text in enumerate(("a boat at night", "a car at night", "a star in the desert"))]
+    readings = [[ev.Reading("plain", place)] * 2 for place in ("night", "desert", "sea")]
+    assert ev.question_scores(questions, readings) == [1, 0, 0]
+    assert ev.chance_scores(questions, readings) == [0, 0.5, 0.5]  # night is asked twice: shown by 1 of the 2 others of the second, and so on
+
+
+# --- statistics
+
+def test_bootstrap_covers(seed):
+    "Of 200 intervals about 95 % hold the true mean, here of two groups of different difficulty."
+    rng = np.random.default_rng(seed)
+    hits = 0
+    for i in range(200):
+        _, low, high = ev.bootstrap([(rng.random(60) < p).astype(float) for p in (0.8, 0.5)], resamples=400, seed=i)
+        hits += low <= 65 <= high
+    assert 176 <= hits <= 199, hits
+
+
+def test_overall_is_the_mean_of_categories():
+    mean, low, high = ev.bootstrap([[1.0] * 50, [0.0]])
+    assert (mean, low, high) == (50, 50, 50)
+
+
+def test_frechet_distance(rng):
+    "Against the definition, with a matrix root by numpy's eigenvectors; zero to itself; the shift alone where only the means differ."
+    a, b = torch.randn(60, 5, generator=rng, dtype=torch.float64), 2 * torch.randn(80, 5, generator=rng, dtype=torch.float64) + 1
+    c1, c2 = np.cov(a.numpy().T), np.cov(b.numpy().T)
+    values, vectors = np.linalg.eig(c1 @ c2)
+    root = (vectors * np.sqrt(values)) @ np.linalg.inv(vectors)
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum().item() + np.trace(c1 + c2 - 2 * root).real
+    assert ev.frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
+    assert abs(ev.frechet_distance(a, a)) < 1e-9
+    wide = torch.randn(20, 64, generator=rng, dtype=torch.float64)  # fewer pictures than dimensions: singular covariances
+    assert abs(ev.frechet_distance(wide, wide)) < 1e-4 and ev.frechet_distance(wide, wide + 1) == pytest.approx(64, rel=1e-5)
+
+
+def test_kernel_distance(rng):
+    "Against the three sums of the definition, pair by pair."
+    a, b = torch.randn(7, 4, generator=rng, dtype=torch.float64), torch.randn(9, 4, generator=rng, dtype=torch.float64) + 0.5
+    k = lambda x, y: (sum(p * q for p, q in zip(x.tolist(), y.tolist())) / 4 + 1) ** 3
+    within = lambda s: np.mean([k(s[i], s[j]) for i in range(len(s)) for j in range(len(s)) if i != j])
+    assert ev.kernel_distance(a, b) == pytest.approx(within(a) + within(b) - 2 * np.mean([k(x, y) for x in a for y in b]), rel=1e-9)
+
+
+def test_distances_tell_sets_apart(reader):
+    "Renders are near renders of the same prompts, and far from renders of others."
+    boats, again = (ev.renders_of(ev.exam(4), 2, 64, seed) for seed in (0, 1))
+    night = [image for image, _ in truths(0, 400) if np.asarray(image).mean() < 110]
+    found = ev.distances(reader, {"same": boats, "other": night}, again)
+    assert found["other"]["fid"] > 1.5 * found["same"]["fid"] and found["other"]["kid"] > found["same"]["kid"] + 0.005, found
+
+
+def test_nearest_finds_copies():
+    training = [item["image"] for item in map(Scenes("train").__getitem__, range(30))]
+    distance, index = ev.nearest(training[5:8], training)
+    assert index.tolist() == [5, 6, 7] and distance.max() < 1e-3
+    distance, _ = ev.nearest([image for image, _ in truths(1, 5)], training)
+    assert distance.min() > 0.02
+
+
+# --- drawing and the command
+
+def test_pictures_do_not_depend_on_their_company(pipe):
+    prompts, seeds = ["a red boat", "two blue fish", "a green balloon"], [7, 100, 3]
+    many = ev.draw_pictures(pipe, prompts, seeds, steps=2, batch_size=2)
+    for prompt, seed, picture in zip(prompts, seeds, many, strict=True):
+        alone = pipe(prompt, num_inference_steps=2, seed=seed)[0]
+        assert np.abs(np.asarray(alone, int) - np.asarray(picture, int)).max() <= 1
+
+
+def test_every_picture_has_its_own_seed():
+    seeds = [ev.first_seed(q) for q in ev.exam()]
+    assert seeds == list(range(0, 65000, 100))
+
+
+def test_one_step_of_a_run(pipe, tmp_path):
+    "EMA or raw weights of a step, on top of the finished run's other parts."
+    pipe.save_pretrained(tmp_path)
+    step = tmp_path / "checkpoints" / "diffusion" / "0000500"
+    step.mkdir(parents=True)
+    weights = {f"{part}.{key}": w + 1 for part in ("unet", "text_encoder") for key, w in getattr(pipe, part).state_dict().items()}
+    save_file(weights, step / "ema.safetensors")
+    opened = ev.open_checkpoint(str(step / "ema.safetensors"))
+    torch.testing.assert_close(opened.unet.conv_in.weight, pipe.unet.conv_in.weight + 1)
+    torch.testing.assert_close(opened.text_encoder.token_embedding.weight, pipe.text_encoder.token_embedding.weight + 1)
+    (step / "ema.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="cannot be read"):
+        ev.open_checkpoint(str(step / "ema.safetensors"))
+
+
+def test_command(tmp_path, monkeypatch, capsys):
+    "Two exams: tables, results.json, failures and the figure."
+    out = tmp_path / "eval"
+    flags = "--prompts 1 --images 1 --steps 1 2 --guidance_scale 1 --training_pictures 20 --reference_pictures 26 --out"
+    monkeypatch.setattr(sys, "argv", ["tinydiff-eval", *flags.split(), str(out)])
+    ev.main()
+    printed = capsys.readouterr().out
+    assert printed.count("overall") == 2 and printed.count("FID") == 2
+    first, second = json.loads((out / "results.json").read_text())["exams"]
+    assert (first["steps"], first["unet_calls"], second["steps"], second["unet_calls"], first["scheduler"]) == (1, 1, 2, 2, "flow")
+    assert len(first["answers"]) == 13 and all(len(a["right"]) == len(a["seeds"]) == 1 for a in first["answers"])
+    mean = np.mean([np.mean(a["right"]) for a in second["answers"] if a["category"] in ev.SIX and not a["heldout"]])
+    assert second["scores"]["model"]["seen"]["overall"][0] == pytest.approx(100 * mean)
+    assert {path.name for path in out.iterdir()} == {"results.json", "failures-00.png", "failures-01.png", "sweep.png"}
+
+
+@pytest.mark.parametrize("flags, complaint", [
+    ("--checkpoint /no/such", "no checkpoint"), ("--prompts 51", "up to 50"), ("--steps 0", "whole number"), ("--seed -1", "whole number"),
+    ("--scheduler euler", "euler"), ("--checkpoint tiny-ddpm --scheduler ddim heun", "not with heun"), ("--checkpoint x/y.safetensors", "cannot be read"),
+])
+def test_mistakes_are_one_line(flags, complaint, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "eval"
+    monkeypatch.setattr(sys, "argv", ["tinydiff-eval", *flags.split(), "--out", str(out)])
+    with pytest.raises(SystemExit) as stop:
+        ev.main()
+    said = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(said) == 1 and said[0].startswith("error:") and complaint in said[0], said
+    assert not out.exists()
