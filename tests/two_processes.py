@@ -70,7 +70,8 @@ def report(folder: Path, steps: int) -> bool:
         return done if done.returncode == 0 else sys.exit(done.stderr[-3000:])
 
     must(launch(1, "all,vae,diffusion", folder, "one", steps, "live"))
-    must(launch(2, "vae,diffusion", folder, "two", steps, "live"))
+    for stage in ("vae", "diffusion"):
+        must(launch(2, stage, folder, "two", steps, "live"))
     good = True
     for stage in ("vae", "diffusion"):
         one, two = (losses(folder / f"{stage}-{name}") for name in ("one", "two"))

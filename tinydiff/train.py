@@ -42,6 +42,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Literal, get_args, get_origin, get_type_hints
 
+# %% ../nbs/11_train.ipynb #25e27500
 import numpy as np
 import torch
 from PIL import Image
