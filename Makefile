@@ -22,10 +22,10 @@ PROMPTS = "a red boat at night" "a small cabin in the woods" "a watercolor lands
 	"a watercolor painting of a large red mushroom in the snow"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test app mutations lab site readme clean
+.PHONY: help demo test app mutations kill-report two-processes lab site readme clean
 
 help:  ## list these commands
-	@sed -n 's/^\([a-z]*\):.*##  *\(.*\)/make \1\t\2/p' Makefile | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/make \1\t\2/p' Makefile | expand -t 20
 
 # .venv/.with-X: the environment with the extra X of settings.ini, made again only when that file changes
 .venv/.with-%: settings.ini setup.py
@@ -50,6 +50,12 @@ app: .venv/.with-app  ## serve the playground alone, at http://127.0.0.1:8866
 
 mutations: .venv/.with-dev  ## put known mistakes into copies of the package: a test must catch each
 	$(BIN)/python tests/mutations.py
+
+kill-report: .venv/.with-dev  ## kill -9 training at random moments, resume, compare bit for bit
+	$(BIN)/python tests/kill_report.py --kills 100
+
+two-processes: .venv/.with-dev  ## the same run by one process and by two, their losses side by side
+	$(BIN)/python tests/two_processes.py
 
 lab: .venv/.with-notebooks  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir nbs

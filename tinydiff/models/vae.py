@@ -178,9 +178,9 @@ class DiagonalGaussian:
         mean, logvar = moments.chunk(2, dim=1)
         return cls(mean, logvar.clamp(-30.0, 20.0))
 
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        "mean + std eps (Kingma and Welling 2014, section 2.4)."
-        eps = torch.randn(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
+    def sample(self, generator: torch.Generator | None = None, eps: Tensor | None = None) -> Tensor:
+        "mean + std eps (Kingma and Welling 2014, section 2.4), with new noise, or with this."
+        if eps is None: eps = torch.randn(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
         return self.mean + (0.5 * self.logvar).exp() * eps
 
     def kl(self) -> Tensor:
@@ -211,10 +211,10 @@ class AutoencoderKL(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:  # (batch, latent_channels, height / f, width / f) -> (batch, 3, height, width)
         return self.decoder(self.post_quant_conv(latents))
 
-    def forward(self, images: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, DiagonalGaussian]:
+    def forward(self, images: Tensor, generator: torch.Generator | None = None, eps: Tensor | None = None) -> tuple[Tensor, DiagonalGaussian]:
         "Reconstruction of a sample of the latents, and their distribution."
         posterior = self.encode(images)
-        return self.decode(posterior.sample(generator)), posterior
+        return self.decode(posterior.sample(generator, eps)), posterior
 
 # %% ../../nbs/08_vae.ipynb #f3537b16
 def show_latents(

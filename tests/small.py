@@ -1,0 +1,30 @@
+"Networks so small that a run takes a second or two, and what it takes to call two runs equal."
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from tinydiff.models.clip import CLIPTextConfig, CLIPVisionConfig
+from tinydiff.models.unet import UNetConfig
+from tinydiff.models.vae import VAEConfig
+from tinydiff.train import CHECKPOINT, Architecture, read_metrics
+
+SMALL = Architecture(
+    VAEConfig(block_out_channels=(8, 16), norm_num_groups=4),
+    CLIPTextConfig(vocab_size=560, hidden_size=16, num_hidden_layers=1, intermediate_size=32, projection_dim=16),
+    CLIPVisionConfig(patch_size=8, hidden_size=16, num_hidden_layers=1, intermediate_size=32, projection_dim=16),
+    UNetConfig(block_out_channels=(8, 16), cross_attention=(False, True), num_heads=2, cross_attention_dim=16, norm_num_groups=4),
+)
+QUICK = dict(image_size=16, subset_size=24, num_workers=0, steps=2, vae_steps=2, clip_steps=2, batch_size=5, vae_batch_size=5, clip_batch_size=5,
+             warmup=3, log_every=1, precision="fp32", device="cpu")
+
+
+def differences(left: Path, right: Path, stage: str) -> list[str]:
+    "What is not equal, bit for bit, in two runs' last checkpoints and metrics; the pace in images a second does not count."
+    found = []
+    a, b = (max((run / "checkpoints" / stage).glob("[0-9]*")) for run in (left, right))
+    for name in CHECKPOINT:
+        one, two = (load_file(path / f"{name}.safetensors") for path in (a, b))
+        found += [f"{name}: {key}" for key in one.keys() | two.keys() if key not in one or key not in two or not torch.equal(one[key], two[key])]
+    timeless = [[{k: v for k, v in record.items() if k != "images_per_s"} for record in read_metrics(run)] for run in (left, right)]
+    return found + ["metrics"] * (timeless[0] != timeless[1]) + ["step"] * (a.name != b.name)

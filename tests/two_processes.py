@@ -1,0 +1,100 @@
+"""Two processes against one: `python tests/two_processes.py`.
+
+The same small run by one process, and by two that `torchrun` starts and that share its batches: the losses of 100 steps must agree to
+1e-6 in stages vae and diffusion. (Stage clip contrasts each process's share alone.) Then one of two processes is killed in the middle:
+the other must say so in one line; and one process must be able to go on where the two stopped, with the same losses.
+"""
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+
+import tinydiff.train
+from small import QUICK, SMALL
+from tinydiff.sample import one_line_errors
+from tinydiff.train import Guard, TrainConfig, read_config, read_metrics, train
+
+
+def configuration(folder: Path, stage: str, name: str, steps: int) -> TrainConfig:
+    parts = dict(vae=str(folder / "parts"), text_encoder=str(folder / "parts")) if stage == "diffusion" else {}
+    return TrainConfig(**QUICK | dict(stage=stage, out=str(folder / f"{stage}-{name}"), steps=steps, vae_steps=steps, batch_size=6, vae_batch_size=6, clip_batch_size=6, flip=True,
+                                      checkpoint_every=10, sample_every=1000) | parts)
+
+
+@one_line_errors
+def child():
+    "One process of a run: stages, folder, name and steps; `die` kills rank 1 in step 15."
+    _, _, stages, folder, name, steps, die = sys.argv
+    tinydiff.train.ARCHITECTURES["tiny"] = SMALL
+    see = Guard.see
+
+    def see_and_die(guard, step, *numbers):
+        if die == "die" and step == 14 and guard.run.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        see(guard, step, *numbers)
+
+    Guard.see = see_and_die
+    for stage in stages.split(","):
+        if stage == "resume":
+            train(read_config(["--resume", "--out", str(Path(folder) / name)]))
+        elif stage == "all":
+            train(TrainConfig(stage="all", out=str(Path(folder) / "parts"), **QUICK))
+        else:
+            train(configuration(Path(folder), stage, name, int(steps)))
+
+
+def launch(processes: int, *args) -> subprocess.CompletedProcess:
+    "As a user would, by `torchrun`, or alone."
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    return subprocess.run([sys.executable, *torchrun, __file__, "--child", *map(str, args)], capture_output=True, text=True)
+
+
+def losses(run: Path) -> list[float]:
+    return [record["loss"] for record in read_metrics(run)]
+
+
+def largest(one: list[float], other: list[float]) -> float:
+    return max(abs(a - b) for a, b in zip(one, other)) if len(one) == len(other) else float("inf")
+
+
+def report(folder: Path, steps: int) -> bool:
+    "Print what came out; was all as it should be?"
+    def must(done):
+        return done if done.returncode == 0 else sys.exit(done.stderr[-3000:])
+
+    must(launch(1, "all,vae,diffusion", folder, "one", steps, "live"))
+    for stage in ("vae", "diffusion"):
+        must(launch(2, stage, folder, "two", steps, "live"))
+    good = True
+    for stage in ("vae", "diffusion"):
+        one, two = (losses(folder / f"{stage}-{name}") for name in ("one", "two"))
+        difference, moved = largest(one, two), one[0] - one[-1]
+        good &= difference <= 1e-6 and len(two) == steps
+        print(f"{stage:9}: {steps} steps by one process and by two, losses from {one[0]:.4f} to {one[-1]:.4f}; largest difference {difference:.1e}; "
+              f"{len(two)} records, one process wrote", flush=True)
+    killed = launch(2, "diffusion", folder, "killed", steps, "die")
+    said = [line for line in killed.stderr.splitlines() if line.startswith("error: ")]
+    good &= killed.returncode != 0 and len(said) == 1 and "has lost another one" in said[0] and losses(folder / "diffusion-killed")[9:] != []
+    print(f"rank 1 killed in step 15: exit status {killed.returncode}; rank 0 says\n    {said[0] if said else killed.stderr[-1500:]}")
+    must(launch(1, "resume", folder, "diffusion-killed", steps, "live"))
+    difference = largest(losses(folder / "diffusion-one"), losses(folder / "diffusion-killed"))
+    good &= difference <= 1e-6
+    print(f"resumed by one process: largest difference {difference:.1e}")
+    return good
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        child()
+        sys.exit()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=100)
+    with tempfile.TemporaryDirectory() as scratch:
+        sys.exit(not report(Path(scratch), parser.parse_args().steps))
