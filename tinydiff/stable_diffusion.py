@@ -90,7 +90,10 @@ def read_text(path: Path) -> str:
         raise FileNotFoundError(f"{path} is missing: {path.parent.parent} is not a complete checkpoint")
     if path.stat().st_size > 20_000_000:
         raise ValueError(f"{path} has {path.stat().st_size / 1e6:.0f} MB, too much for a configuration or a vocabulary")
-    return path.read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text ({error})") from None
 
 
 def read_json(path: Path) -> dict:
