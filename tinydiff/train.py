@@ -819,11 +819,6 @@ class DiffusionStage:
         pipe = TextToImage(model.unet, self.vae, model.text_encoder, self.tokenizer, self.scheduler)
         return contact_sheet(pipe(self.prompts, num_inference_steps=20, guidance_scale=3.0), self.prompts)
 
-    def timesteps_figure(self) -> Image.Image:
-        "The mean error at each timestep since the last such figure."
-        (total, count), self.by_time = self.by_time.cpu(), torch.zeros_like(self.by_time)
-        return draw_by_time(total / count, self.scheduler.num_train_timesteps)
-
     def finish(self, model: Denoiser):
         "The folder that TextToImage and diffusers open; its index comes last."
         made = dict(zip(PARTS, (model.unet, self.vae, model.text_encoder, self.tokenizer, self.scheduler)))
@@ -926,7 +921,9 @@ class Progress:
         "Pictures after `done` steps: what the averaged model makes, and in stage diffusion its error at each timestep."
         self.log.picture(self.stage.name, done, self.stage.preview(model))
         if self.stage.name == "diffusion":
-            self.log.picture("timesteps", done, self.stage.timesteps_figure())
+            total, count = self.stage.by_time.cpu().clone()
+            self.stage.by_time.zero_()  # the next figure is of the steps since this one
+            self.log.picture("timesteps", done, draw_by_time(total / count, self.stage.scheduler.num_train_timesteps))
 
 # %% ../nbs/11_train.ipynb #8125fb2c
 def leave(run: Run, stage, done: int, notes: list):
