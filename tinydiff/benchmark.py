@@ -52,13 +52,15 @@ def flops(call: Callable) -> int:
 
 # %% ../nbs/16_benchmark.ipynb #8f80548a
 def pair(arch: str, image_size: int, device: torch.device) -> dict[str, nn.Module]:
-    "Our UNet, and diffusers' with its configuration and weights."
+    "Our UNet, and diffusers' with its configuration and weights; none of them zero, so that no zero hides a difference. Both channels last."
     from diffusers import UNet2DConditionModel
     ours = UNet(sized(ARCHITECTURES[arch], image_size).unet)
+    with torch.no_grad():
+        for p in ours.parameters(): p.add_(0.02 * torch.randn_like(p))
     with tempfile.TemporaryDirectory() as folder:
         save_component(ours, Path(folder))
-        theirs = UNet2DConditionModel.from_pretrained(folder)
-    return {"tinydiff": ours.to(device), "diffusers": theirs.to(device)}
+        theirs = UNet2DConditionModel.from_pretrained(folder, low_cpu_mem_usage=False)
+    return {name: model.to(device, memory_format=torch.channels_last) for name, model in (("tinydiff", ours), ("diffusers", theirs))}
 
 
 def inputs(unet: UNet, batch_size: int, tokens: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

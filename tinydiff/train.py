@@ -4,18 +4,18 @@
 
 # %% auto #0
 __all__ = ['RANGES', 'PRESETS', 'ARCHITECTURES', 'CHECKPOINT', 'PACKAGES', 'seed_at', 'generator_at', 'permutation',
-           'batch_indices', 'StepSampler', 'learning_rate', 'EMA', 'RunOptions', 'DataOptions', 'ModelOptions',
-           'TaskOptions', 'OptimizerOptions', 'MachineOptions', 'is_allowed', 'in_words', 'check_values', 'TrainConfig',
-           'config_from_dict', 'Architecture', 'sized', 'sync', 'write_atomically', 'write_text', 'optimizer_tensors',
-           'load_optimizer_tensors', 'checksums', 'save_checkpoint', 'read_checkpoint', 'load_checkpoint',
-           'read_metrics', 'forget_after', 'smooth', 'plot_metrics', 'Run', 'Log', 'EveryCaption', 'collate',
-           'ignore_signals', 'PixelStage', 'VAEStage', 'scaling_factor', 'captions_of', 'CLIPStage', 'Parts',
-           'load_parts', 'make_unet', 'needed_items', 'encode_dataset', 'fingerprint', 'read_cache', 'cached_latents',
-           'EncodedData', 'draw_by_time', 'Denoiser', 'DiffusionStage', 'attention_kernel', 'stop_signals', 'blame',
-           'Guard', 'backward', 'parallel', 'Progress', 'leave', 'finish', 'fit', 'has_bf16', 'join_processes',
-           'check_shares', 'check_image_size', 'check_out', 'processor_name', 'data_fingerprint', 'git_commit',
-           'describe_run', 'with_earlier', 'open_run', 'with_folder', 'open_dataset', 'explained', 'train',
-           'stored_config', 'read_config', 'main']
+           'batch_indices', 'StepSampler', 'learning_rate', 'make_optimizer', 'EMA', 'RunOptions', 'DataOptions',
+           'ModelOptions', 'TaskOptions', 'OptimizerOptions', 'MachineOptions', 'is_allowed', 'in_words',
+           'check_values', 'TrainConfig', 'config_from_dict', 'Architecture', 'sized', 'sync', 'write_atomically',
+           'write_text', 'optimizer_tensors', 'load_optimizer_tensors', 'checksums', 'save_checkpoint',
+           'read_checkpoint', 'load_checkpoint', 'read_metrics', 'forget_after', 'smooth', 'plot_metrics', 'Run', 'Log',
+           'EveryCaption', 'collate', 'ignore_signals', 'PixelStage', 'VAEStage', 'scaling_factor', 'captions_of',
+           'CLIPStage', 'Parts', 'load_parts', 'make_unet', 'needed_items', 'encode_dataset', 'fingerprint',
+           'read_cache', 'cached_latents', 'EncodedData', 'draw_by_time', 'Denoiser', 'DiffusionStage',
+           'attention_kernel', 'stop_signals', 'blame', 'Guard', 'backward', 'parallel', 'Progress', 'leave', 'finish',
+           'fit', 'has_bf16', 'join_processes', 'check_shares', 'check_image_size', 'check_out', 'processor_name',
+           'data_fingerprint', 'git_commit', 'describe_run', 'with_earlier', 'open_run', 'with_folder', 'open_dataset',
+           'explained', 'train', 'stored_config', 'read_config', 'main']
 
 # %% ../nbs/11_train.ipynb #b8522702
 import argparse
@@ -58,6 +58,7 @@ from .data import choose_caption, image_to_tensor, load_captioned_images, skippe
 from .models.clip import CLIP, CLIPTextConfig, CLIPTextEncoder, CLIPTokenizer, CLIPVisionConfig, contrastive_loss
 from .models.unet import UNet, UNetConfig
 from .models.vae import AutoencoderKL, VAEConfig
+from .muon import Muon
 from .sample import PARTS, TextToImage, choose_device, contact_sheet, model_index, one_line_errors, part_folder, read_flags
 from .schedulers.flow_matching import make_scheduler
 from tinydiff.stable_diffusion import (
@@ -107,6 +108,13 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
 
+# %% ../nbs/11_train.ipynb #37b1b8d5
+def make_optimizer(name: str, model: nn.Module, lr: float, wd: float) -> torch.optim.Optimizer:
+    "`muon` or `adamw` (PyTorch's fused one), for the weights that learn."
+    if name == "muon":
+        return Muon(model, lr, weight_decay=wd)
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, betas=(0.9, 0.99), weight_decay=wd, fused=True)
+
 # %% ../nbs/11_train.ipynb #c2fca089
 class EMA:
     "An exponential moving average of a model's weights, in float32; `model` is a copy to sample from."
@@ -140,7 +148,7 @@ class DataOptions:
     image_column: str | None = None
     caption_column: str | None = None
     image_size: int = 64
-    subset_size: int | None = 50_000  # the first so many pictures; 0: all
+    subset_size: int | None = 20_000  # the first so many pictures; 0: all
     num_workers: int = 1  # processes that read pictures
 
 # %% ../nbs/11_train.ipynb #4c257e4d
@@ -168,20 +176,21 @@ class TaskOptions:
 class OptimizerOptions:
     "How it learns."
     steps: int = 4000  # of the diffusion stage
-    vae_steps: int = 3000
-    clip_steps: int = 400
-    batch_size: int = 64  # of the diffusion stage, over all processes
-    vae_batch_size: int = 16
+    vae_steps: int = 1500
+    clip_steps: int = 200
+    batch_size: int = 32  # of the diffusion stage, over all processes
+    vae_batch_size: int = 8
     clip_batch_size: int = 256
-    lr: float = 1e-3
+    optimizer: Literal["muon", "adamw"] = "muon"  # muon: orthogonalized steps for matrices, AdamW for all else (notebook 17)
+    lr: float = 2e-3
     vae_lr: float = 2e-3
-    clip_lr: float = 1e-3
-    wd: float = 0.01  # AdamW's weight decay
+    clip_lr: float = 2e-3
+    wd: float = 0.01  # weight decay
     warmup: int = 100  # steps in which the learning rate rises; then it falls as a cosine
     grad_clip: float = 1.0
     grad_accum: int = 1  # parts in which a batch is computed, for less memory; stage clip needs its batch whole
     grad_checkpoint: bool = False  # recompute the UNet's activations, for less memory
-    ema_decay: float = 0.999
+    ema_decay: float = 0.998
     kl_weight: float = 1e-6
 
 # %% ../nbs/11_train.ipynb #9d1e0bf9
@@ -262,7 +271,7 @@ def config_from_dict(values: dict) -> TrainConfig:
 PRESETS = {
     "laptop": TrainConfig(),
     "gpu": TrainConfig(preset="gpu", stage="all", dataset="flickr30k", image_size=256, arch="base", train_text_encoder=False, subset_size=0, steps=100_000, vae_steps=30_000,
-                       clip_steps=10_000, vae_batch_size=32, clip_batch_size=512, lr=1e-4, vae_lr=1e-4, clip_lr=5e-4, warmup=1000,
+                       clip_steps=10_000, batch_size=64, vae_batch_size=32, clip_batch_size=512, lr=1e-4, vae_lr=1e-4, clip_lr=5e-4, optimizer="adamw", warmup=1000,
                        ema_decay=0.9999, num_workers=8, flip=True, checkpoint_every=2000, sample_every=2000, log_every=50),
 }
 
@@ -289,7 +298,7 @@ def sized(arch: Architecture, image_size: int, vocab_size: int | None = None) ->
 # %% ../nbs/11_train.ipynb #a2e090e1
 ARCHITECTURES = {
     "tiny": Architecture(
-        VAEConfig(block_out_channels=(32, 64, 128), norm_num_groups=2),
+        VAEConfig(block_out_channels=(16, 48, 96), norm_num_groups=2),
         CLIPTextConfig(hidden_size=128, num_hidden_layers=3, intermediate_size=512),
         CLIPVisionConfig(patch_size=8, hidden_size=128, num_hidden_layers=3, intermediate_size=512),
         UNetConfig(block_out_channels=(64, 128, 128), cross_attention=(False, True, True), cross_attention_dim=128, norm_num_groups=8),
@@ -336,13 +345,13 @@ def write_text(path: Path, text: str):
 
 # %% ../nbs/11_train.ipynb #df394e2f
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    "AdamW's moments and counters under the names `0.exp_avg`, `0.exp_avg_sq`, `0.step`, ..."
+    "Moments and counters under the names `0.momentum_buffer`, `30.exp_avg`, `30.exp_avg_sq`, `30.step`, ..."
     return {f"{i}.{name}": value for i, state in optimizer.state_dict()["state"].items() for name, value in state.items()}
 
 # %% ../nbs/11_train.ipynb #ba419b2b
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]):
     "The reverse. Moments get their weight's memory layout: the fused update walks both in storage order and does not look."
-    state, weights = optimizer.state_dict(), optimizer.param_groups[0]["params"]
+    state, weights = optimizer.state_dict(), [w for group in optimizer.param_groups for w in group["params"]]
     for key, value in tensors.items():
         index, name = key.split(".")
         if name != "step":
@@ -945,7 +954,7 @@ def finish(stage, run: Run, ema: EMA):
 def fit(stage, run: Run):
     "The training loop of every stage: forward, backward, clip, step, average; report, look, save."
     c, model = run.config, stage.model.to(run.device, memory_format=torch.channels_last).train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=stage.lr, betas=(0.9, 0.99), weight_decay=c.wd, fused=True)
+    optimizer = make_optimizer(c.optimizer, model, stage.lr, c.wd)
     ema, checkpoints = EMA(model, c.ema_decay), run.folder / "checkpoints" / stage.name
     first = load_checkpoint(checkpoints, model, ema, optimizer)
     if run.rank == 0:
