@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 
@@ -226,7 +226,12 @@ def repaint_with_mask(page):
 
 
 def kernels(server: psutil.Process) -> int:
-    return sum("ipykernel_launcher" in " ".join(child.cmdline()) for child in server.children(recursive=True) if child.is_running())
+    "How many kernels live; one that ends while we look does not."
+    living = 0
+    for child in server.children(recursive=True):
+        with suppress(psutil.Error):
+            living += "ipykernel_launcher" in " ".join(child.cmdline())
+    return living
 
 
 def two_tabs(browser, page, address: str, server: psutil.Process):

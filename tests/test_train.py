@@ -216,10 +216,14 @@ def by_two(config):
 
 
 @pytest.mark.parametrize("stage", ["vae", "diffusion"])
-def test_two_processes_are_like_one(base, tmp_path, stage):
-    "The same losses, by one, by two, and by one that goes on where two stopped; the long version is tests/two_processes.py."
+@pytest.mark.parametrize("optimizer, close", [("adamw", 1e-6), ("muon", 1e-3)])
+def test_two_processes_are_like_one(base, tmp_path, stage, optimizer, close):
+    """The same losses, by one, by two, and by one that goes on where two stopped; the long version is tests/two_processes.py.
+
+    The gradients differ by rounding. Muon lifts quiet directions, where there is nothing but rounding, and so the difference too.
+    """
     parts = dict(vae=str(base), text_encoder=str(base)) if stage == "diffusion" else {}
-    config = TrainConfig(**QUICK | dict(stage=stage, steps=8, vae_steps=8, batch_size=6, vae_batch_size=6, clip_batch_size=6, flip=True, checkpoint_every=4) | parts)
+    config = TrainConfig(**QUICK | dict(stage=stage, optimizer=optimizer, steps=8, vae_steps=8, batch_size=6, vae_batch_size=6, clip_batch_size=6, flip=True, checkpoint_every=4) | parts)
     one = train(dataclasses.replace(config, out=str(tmp_path / "one")))
     by_two(dataclasses.replace(config, out=str(tmp_path / "two")))
     shutil.rmtree(tmp_path / "two/checkpoints" / stage / "0000008")
@@ -227,7 +231,7 @@ def test_two_processes_are_like_one(base, tmp_path, stage):
     resumed = train(read_config(["--resume", "--out", str(tmp_path / "two")]))
     both.append([r["loss"] for r in read_metrics(resumed)])
     assert [len(losses) for losses in both] == [8, 8, 8] and len(set(both[0])) == 8
-    assert both[1] == pytest.approx(both[0], abs=1e-6) and both[2] == pytest.approx(both[0], abs=1e-6)
+    assert both[1] == pytest.approx(both[0], abs=close) and both[2] == pytest.approx(both[0], abs=close)
 
 
 def test_run_record(base, tmp_path):
@@ -425,7 +429,7 @@ def test_scaling_factor(tmp_path, rng):
 def test_non_finite_loss(base, tmp_path, monkeypatch, stage, log_every):
     "No update from that step on, though the loop looks only later; step, items and timesteps are named; the run can go on."
     parts = dict(vae=str(base), text_encoder=str(base)) if stage == "diffusion" else {}
-    config = TrainConfig(**QUICK | dict(stage=stage, steps=8, vae_steps=8, log_every=log_every, checkpoint_every=2, out=str(tmp_path / "run")) | parts)
+    config = TrainConfig(**QUICK | dict(stage=stage, optimizer=optimizer, steps=8, vae_steps=8, log_every=log_every, checkpoint_every=2, out=str(tmp_path / "run")) | parts)
     kind = {"vae": tinydiff.train.VAEStage, "diffusion": tinydiff.train.DiffusionStage}[stage]
     batch, bad, last = kind.batch, batch_indices(24, 5, 0, 3)[2], []
 

@@ -34,7 +34,9 @@ def to_rgb(
         image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).clip(0, 255).round().astype(np.uint8))
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return image.convert("RGB")
+    image = image.convert("RGB")
+    image.info.clear()  # nobody shall turn it again
+    return image
 
 # %% ../nbs/02_data.ipynb #d6085e8d
 def show_images(
