@@ -92,7 +92,8 @@ MUTATIONS = [
         "torch._foreach_lerp_(list(self.model.parameters()), [p.float() for p in model.parameters()], 1 - decay)\n        model.load_state_dict(self.model.state_dict())", T + "ema_of_a_scalar"),
     bug("EMA trained but not used", "train.py", "stage.finish(ema.model)", "stage.finish(stage.model)", X + "a_run_gives_its_average"),
     bug("resume restarts the epoch", "train.py", "stage.start(first)", "stage.start(0)", RESUME),
-    bug("resume repeats noise", "train.py", "seed_at(c.seed, stage.name, step, run.rank)", "seed_at(c.seed, stage.name, step - first, run.rank)", RESUME),
+    bug("resume repeats noise", "train.py", "generator_at(self.config.seed, name, step)",
+        "generator_at(self.config.seed, name, step - self.__dict__.setdefault('first', step))", RESUME),
     bug("every step has the same noise", "train.py", "generator=generator_at(self.config.seed, name, step)", "generator=generator_at(self.config.seed, name)", X + "every_step_has_noise_of_its_own"),
     bug("resume without the optimizer", "train.py", 'load_optimizer_tensors(optimizer, tensors["optimizer"])', "pass", RESUME),
     # --- CLIP
