@@ -424,9 +424,10 @@ def test_scaling_factor(tmp_path, rng):
 
 # --- what goes wrong
 
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 @pytest.mark.parametrize("stage", ["vae", "diffusion"])
 @pytest.mark.parametrize("log_every", [1, 4])
-def test_non_finite_loss(base, tmp_path, monkeypatch, stage, log_every):
+def test_non_finite_loss(base, tmp_path, monkeypatch, stage, log_every, optimizer):
     "No update from that step on, though the loop looks only later; step, items and timesteps are named; the run can go on."
     parts = dict(vae=str(base), text_encoder=str(base)) if stage == "diffusion" else {}
     config = TrainConfig(**QUICK | dict(stage=stage, optimizer=optimizer, steps=8, vae_steps=8, log_every=log_every, checkpoint_every=2, out=str(tmp_path / "run")) | parts)
