@@ -16,18 +16,20 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # a, b, c
 def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
     """About U V^T for each matrix U S V^T of a stack, (count, rows, columns): singular values become 0.7 to 1.2.
 
-    A Newton-Schulz iteration (Jordan et al. 2024); values far below a hundredth of the norm stay smaller. On a GPU in bfloat16.
+    A Newton-Schulz iteration (Jordan et al. 2024); values far below a hundredth of the norm stay smaller.
     """
     a, b, c = COEFFICIENTS
-    x = matrices.bfloat16() if matrices.is_cuda else matrices
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # no singular value is above 1
+    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)  # no singular value is above 1
     wide = x.shape[1] <= x.shape[2]
     x = x if wide else x.mT
-    for _ in range(iterations):
-        square = x @ x.mT
-        polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)
-        x = torch.baddbmm(x, polynomial, x, beta=a)
-    return (x if wide else x.mT).to(matrices.dtype)
+    square, product = x @ x.mT, None
+    for i in range(iterations):
+        factor = torch.baddbmm(square, square, square, beta=b, alpha=c)
+        factor.diagonal(dim1=1, dim2=2).add_(a)
+        product = factor if product is None else factor @ product
+        if i + 1 < iterations: square = factor @ (factor @ square)
+    x = x if product is None else product @ x
+    return x if wide else x.mT
 
 # %% ../nbs/17_muon.ipynb #1973f34b
 def matrices_and_rest(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

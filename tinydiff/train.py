@@ -48,6 +48,7 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
@@ -192,6 +193,7 @@ class OptimizerOptions:
     grad_checkpoint: bool = False  # recompute the UNet's activations, for less memory
     ema_decay: float = 0.998
     kl_weight: float = 1e-6
+    half_size_every: int = 4  # every so many steps the VAE decodes latents of half the size to pictures of half the size; 0: never
 
 # %% ../nbs/11_train.ipynb #9d1e0bf9
 @dataclass(frozen=True)
@@ -229,7 +231,7 @@ def in_words(kind) -> str:
 RANGES = {
     **dict.fromkeys(("steps", "vae_steps", "clip_steps", "batch_size", "vae_batch_size", "clip_batch_size", "image_size",
                      "grad_accum", "keep", "checkpoint_every", "sample_every", "log_every"), (1, math.inf)),
-    **dict.fromkeys(("subset_size", "num_workers", "warmup", "wd", "kl_weight", "lr", "vae_lr", "clip_lr"), (0, math.inf)),
+    **dict.fromkeys(("subset_size", "num_workers", "warmup", "wd", "kl_weight", "half_size_every", "lr", "vae_lr", "clip_lr"), (0, math.inf)),
     **dict.fromkeys(("grad_clip", "snr_gamma"), (1e-9, math.inf)),
     **dict.fromkeys(("caption_dropout", "ema_decay"), (0, 1)),
     "seed": (0, 2**63 - 1),
@@ -581,12 +583,14 @@ class VAEStage(PixelStage):
         self.model, self.lr, self.parts = AutoencoderKL(arch.vae), c.vae_lr, c.grad_accum
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        every = self.run.config.half_size_every
+        self.shrink = 2 if every and step % every == 0 else 1
         images, (channels, size) = self.pictures(step)[0], (self.model.config.latent_channels, self.run.config.image_size // self.model.config.downsample_factor)
         return images, self.run.noise("posterior", step, (self.batch_size, channels, size, size))
 
     def loss(self, model: nn.Module, images: Tensor, eps: Tensor) -> tuple[Tensor, dict]:
-        reconstruction, posterior = model(images, eps=eps)
-        error = reconstruction.float() - images
+        reconstruction, posterior = model(images, eps=eps, shrink=self.shrink)
+        error = reconstruction.float() - F.avg_pool2d(images, self.shrink)
         kl = posterior.kl().float().mean()
         loss = error.abs().mean() + error.square().mean() + self.run.config.kl_weight * kl
         return loss, {"psnr": -10 * (error.detach().square().mean() / 4).log10(), "kl": kl.detach()}

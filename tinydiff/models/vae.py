@@ -211,10 +211,10 @@ class AutoencoderKL(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:  # (batch, latent_channels, height / f, width / f) -> (batch, 3, height, width)
         return self.decoder(self.post_quant_conv(latents))
 
-    def forward(self, images: Tensor, generator: torch.Generator | None = None, eps: Tensor | None = None) -> tuple[Tensor, DiagonalGaussian]:
-        "Reconstruction of a sample of the latents, and their distribution."
+    def forward(self, images: Tensor, generator: torch.Generator | None = None, eps: Tensor | None = None, shrink: int = 1) -> tuple[Tensor, DiagonalGaussian]:
+        "Reconstruction of a sample of the latents, averaged over squares of `shrink` x `shrink` first; and their distribution."
         posterior = self.encode(images)
-        return self.decode(posterior.sample(generator, eps)), posterior
+        return self.decode(F.avg_pool2d(posterior.sample(generator, eps), shrink)), posterior
 
 # %% ../../nbs/08_vae.ipynb #f3537b16
 def show_latents(
