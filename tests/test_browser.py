@@ -216,13 +216,35 @@ def scrub(page):
 
 
 def repaint_with_mask(page):
-    "Mark four cells and repaint them."
+    "Draw a stroke, wipe a part of it, and repaint what is left: outside, the picture stays."
     open_tab(page, "From a picture")
-    for row in (3, 4):
-        for column in (3, 4):
-            page.click(f".td-mask button[title='row {row}, column {column}']")
+    page.locator(".td-mask").scroll_into_view_if_needed()
+    empty = drawn(page)
+    stroke(page, (0.3, 0.4), (0.7, 0.6))
+    whole = drawn(page)
+    stroke(page, (0.3, 0.4), (0.35, 0.4))
+    assert empty == 0 < drawn(page) < whole < 256 / 2
     draw(page, "From a picture", "app-repaint")
     assert page.locator(".td-panel:visible figure").count() == 2
+    before, after = (page.locator(".td-panel:visible figure img").nth(i).get_attribute("src") for i in range(2))
+    assert before != after
+    page.click("text=Clear the mask")
+    page.wait_for_function("!document.querySelector('.td-mask').getContext('2d').getImageData(0, 0, 256, 256).data.some(value => value)")
+
+
+def stroke(page, start: tuple[float, float], end: tuple[float, float]):
+    "From one place of the mask to another, as shares of its width and height, with the mouse button down."
+    box = page.locator(".td-mask").bounding_box()
+    places = [(box["x"] + box["width"] * x, box["y"] + box["height"] * y) for x, y in (start, end)]
+    page.mouse.move(*places[0])
+    page.mouse.down()
+    page.mouse.move(*places[1], steps=20)
+    page.mouse.up()
+
+
+def drawn(page) -> float:
+    "How many of the mask's cells are marked on the page, by their color."
+    return page.evaluate("[...document.querySelector('.td-mask').getContext('2d').getImageData(0, 0, 256, 256).data].filter((value, i) => i % 4 == 3 && value).length") / 256
 
 
 def kernels(server: psutil.Process) -> int:

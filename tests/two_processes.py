@@ -1,7 +1,7 @@
 """Two processes against one: `python tests/two_processes.py`.
 
 The same small run with AdamW by one process, and by two that `torchrun` starts and that share its batches: the losses of 100 steps must agree
-to 1e-6 in stage diffusion and to 1e-4 in stage vae (where 2e-5 was seen; it has not been looked into why). (Stage clip contrasts each process's share alone.) Then one of two processes is killed in the middle:
+to 1e-6 in stages clip and diffusion and to 1e-4 in stage vae (where 2e-5 was seen; it has not been looked into why). Then one of two processes is killed in the middle:
 the other must say so in one line; and one process must be able to go on where the two stopped, with the same losses.
 """
 import argparse
@@ -24,7 +24,7 @@ from tinydiff.train import Guard, TrainConfig, read_config, read_metrics, train
 
 def configuration(folder: Path, stage: str, name: str, steps: int) -> TrainConfig:
     parts = dict(vae=str(folder / "parts"), text_encoder=str(folder / "parts")) if stage == "diffusion" else {}
-    return TrainConfig(**QUICK | dict(stage=stage, optimizer="adamw", out=str(folder / f"{stage}-{name}"), steps=steps, vae_steps=steps, batch_size=6, vae_batch_size=6, clip_batch_size=6, flip=True,
+    return TrainConfig(**QUICK | dict(stage=stage, optimizer="adamw", out=str(folder / f"{stage}-{name}"), steps=steps, vae_steps=steps, clip_steps=steps, batch_size=6, vae_batch_size=6, clip_batch_size=6, flip=True,
                                       checkpoint_every=10, sample_every=1000) | parts)
 
 
@@ -69,14 +69,14 @@ def report(folder: Path, steps: int) -> bool:
     def must(done):
         return done if done.returncode == 0 else sys.exit(done.stderr[-3000:])
 
-    must(launch(1, "all,vae,diffusion", folder, "one", steps, "live"))
-    for stage in ("vae", "diffusion"):
+    must(launch(1, "all,vae,clip,diffusion", folder, "one", steps, "live"))
+    for stage in ("vae", "clip", "diffusion"):
         must(launch(2, stage, folder, "two", steps, "live"))
     good = True
-    for stage in ("vae", "diffusion"):
+    for stage in ("vae", "clip", "diffusion"):
         one, two = (losses(folder / f"{stage}-{name}") for name in ("one", "two"))
         difference, moved = largest(one, two), one[0] - one[-1]
-        good &= difference <= {"vae": 1e-4, "diffusion": 1e-6}[stage] and len(two) == steps
+        good &= difference <= {"vae": 1e-4}.get(stage, 1e-6) and len(two) == steps
         print(f"{stage:9}: {steps} steps by one process and by two, losses from {one[0]:.4f} to {one[-1]:.4f}; largest difference {difference:.1e}; "
               f"{len(two)} records, one process wrote", flush=True)
     killed = launch(2, "diffusion", folder, "killed", steps, "die")

@@ -418,7 +418,7 @@ def find_rows(name: str, split: str, image_size: int, cache_dir: str | None, str
 # %% ../nbs/02_data.ipynb #a1190e9f
 def load_captioned_images(
     name: str = "scenes",               # scenes, emoji, a key of `DATASETS`, another hub id, or a folder
-    split: str = "train",               # train, validation, test (scenes: also heldout)
+    split: str = "train",               # train, validation, test (scenes: also heldout, train-25, train-50)
     *,
     image_size: int = 64,               # pixels, height and width
     cache_dir: str | None = None,       # where hub downloads are kept

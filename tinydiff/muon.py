@@ -19,7 +19,8 @@ def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
     A Newton-Schulz iteration (Jordan et al. 2024); values far below a hundredth of the norm stay smaller.
     """
     a, b, c = COEFFICIENTS
-    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)  # no singular value is above 1
+    x = matrices.double() if matrices.is_cuda else matrices  # no TF32
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # no singular value is above 1
     wide = x.shape[1] <= x.shape[2]
     x = x if wide else x.mT
     square, product = x @ x.mT, None
@@ -29,7 +30,7 @@ def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
         product = factor if product is None else factor @ product
         if i + 1 < iterations: square = factor @ (factor @ square)
     x = x if product is None else product @ x
-    return x if wide else x.mT
+    return (x if wide else x.mT).to(matrices.dtype)
 
 # %% ../nbs/17_muon.ipynb #1973f34b
 def matrices_and_rest(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

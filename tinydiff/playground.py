@@ -27,10 +27,12 @@ from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
 
+import anywidget
 import ipywidgets as widgets
 import matplotlib
 import torch
 import torch.nn.functional as F
+import traitlets
 from PIL import Image
 from torch import Tensor
 
@@ -382,8 +384,7 @@ INSIDE_STYLE = """
 .td-inside .lm-TabBar-tab {border-radius: 8px 8px 0 0; flex: 0 1 auto !important; min-width: 70px; padding: 0 14px} .td-inside .lm-TabBar-tab.lm-mod-current {font-weight: 600; color: var(--td)}
 .td-inside .lm-TabBar-tab.lm-mod-current::before {background: var(--td) !important} .td-panel {gap: 8px; overflow: visible; min-height: 170px} .td-row {flex-flow: row wrap; gap: 14px; align-items: center; overflow: visible}
 .td-words .widget-toggle-buttons, .td-words > div {flex-wrap: wrap} .td-words button.jupyter-button {width: auto !important; border-radius: 17px; padding: 0 14px}
-.td-mask {width: 232px; gap: 0 !important; border-radius: 10px; overflow: hidden; background-size: cover} .td-page .td-mask button.jupyter-button {width: auto; height: 29px; margin: 0; border-radius: 0; padding: 0;
- background: transparent; border: 1px solid rgba(255, 255, 255, .22)} .td-page .td-mask button.jupyter-button.mod-active {background: rgba(91, 75, 224, .72)} .td-page .td-mask button.jupyter-button:hover {background: rgba(91, 75, 224, .35)}
+.td-mask {width: 232px; height: 232px; border-radius: 10px; background: #f4f3fc; background-size: cover; cursor: crosshair; touch-action: none}
 """
 
 # %% ../nbs/14_playground.ipynb #d1d4f41b
@@ -563,33 +564,64 @@ class Experiment(widgets.VBox):
         self.frame.value = f'<p class="td-status"><span class="td-error">{html.escape(" ".join(str(error).split())[:300])}</span></p>'
 
 # %% ../nbs/14_playground.ipynb #3f2f5416
-class Mask(widgets.GridBox):
-    "A picture under a grid of cells; a click on a cell marks it."
-
-    def __init__(self, side: int = 8):
-        self.side, self.look = side, widgets.HTML()
-        names = [f"row {i // side + 1}, column {i % side + 1}" for i in range(side**2)]
-        shared = dict(layout=widgets.Layout(width="auto"), style=widgets.ToggleButton().style)
-        super().__init__([widgets.ToggleButton(tooltip=name, **shared) for name in names], layout={"grid_template_columns": f"repeat({side}, 1fr)"})
-        self.add_class("td-mask").add_class(f"td-mask-{id(self)}")
+class Mask(anywidget.AnyWidget):
+    "A picture to draw on: what is drawn is to be painted anew. A stroke that begins on a drawn place wipes."
+    side = traitlets.Int(16).tag(sync=True)  # cells a side: one for each latent
+    image = traitlets.Unicode("").tag(sync=True)  # the picture's address
+    cells = traitlets.List(traitlets.Int()).tag(sync=True)  # the marked cells, counted row by row
+    _esm = """
+    export default { render({ model, el }) {
+      const side = model.get("side"), canvas = document.createElement("canvas"), pen = canvas.getContext("2d");
+      canvas.width = canvas.height = 16 * side;
+      pen.scale(16, 16);
+      canvas.className = "td-mask";
+      canvas.title = "draw what shall be painted anew";
+      el.append(canvas);
+      let drawn = new Set(model.get("cells")), wipe = null;
+      function show() {
+        canvas.style.backgroundImage = model.get("image") && `url(${model.get("image")})`;
+        pen.clearRect(0, 0, side, side);
+        pen.fillStyle = "rgba(91, 75, 224, 0.72)";
+        for (const cell of drawn) pen.fillRect(cell % side, Math.floor(cell / side), 1, 1);
+      }
+      function stroke(event) {
+        const box = canvas.getBoundingClientRect();
+        const x = (event.clientX - box.left) / box.width * side, y = (event.clientY - box.top) / box.height * side;
+        if (wipe === null) wipe = drawn.has(Math.floor(y) * side + Math.floor(x));
+        for (let row = 0; row < side; row++) for (let column = 0; column < side; column++)
+          if (Math.hypot(column + 0.5 - x, row + 0.5 - y) < side / 14)
+            wipe ? drawn.delete(row * side + column) : drawn.add(row * side + column);
+        show();
+      }
+      canvas.onpointerdown = event => { canvas.setPointerCapture(event.pointerId); stroke(event); };
+      canvas.onpointermove = event => { 
+        const between = event.getCoalescedEvents?.() ?? [];  // of a fast mouse, what came since the last event
+        if (wipe !== null) (between.length ? between : [event]).forEach(stroke);
+      };
+      canvas.onpointerup = canvas.onpointercancel = () => { wipe = null; model.set("cells", [...drawn]); model.save_changes(); };
+      model.on("change:cells", () => { drawn = new Set(model.get("cells")); show(); });
+      model.on("change:image", show);
+      show();
+    } };
+    """
 
     def under(self, image: Image.Image):
-        "Put a picture under the grid."
-        self.look.value = f"<style>.td-mask-{id(self)} {{background-image: url({data_url(image_bytes(image, {}))})}}</style>"
+        "Put a picture under the drawing."
+        self.image = data_url(image_bytes(image, {}))
 
     def value(self) -> Tensor | None:
         "The marked cells, bool (side, side); None where there are none."
-        marked = torch.tensor([cell.value for cell in self.children]).reshape(self.side, self.side)
-        return marked if marked.any() else None
+        marked = torch.zeros(self.side**2, dtype=torch.bool)
+        marked[self.cells] = True
+        return marked.reshape(self.side, self.side) if self.cells else None
 
     def mark(self, mask: Tensor | None):
         "Mark exactly these cells."
-        for cell, marked in zip(self.children, (torch.zeros(self.side, self.side) if mask is None else mask).flatten()):
-            cell.value = bool(marked)
+        self.cells = [] if mask is None else mask.flatten().nonzero().flatten().tolist()
 
 # %% ../nbs/14_playground.ipynb #d99f7b93
 class Repaint(Experiment):
-    "From a picture: the last one or a file, all of it or the marked cells."
+    "From a picture: the last one or a file, all of it or what is drawn on it."
 
     def __init__(self, worker: Worker, models: Models, config: Callable[[], SampleConfig]):
         self.models, self.config, self.image, self.mask = models, config, None, Mask()
@@ -600,8 +632,8 @@ class Repaint(Experiment):
         self.clear.on_click(lambda _: self.mask.mark(None))
         self.upload.observe(lambda change: change.new and self.open_file(change.new[0].content.tobytes()), "value")
         side = widgets.VBox([self.prompt, self.strength, widgets.HBox([self.upload, self.clear]).add_class("td-row")], layout={"width": "430px"})
-        super().__init__(worker, "Begin at a picture instead of at noise. Click on cells to repaint only them; without any, everything may change, as far as "
-                         "the strength allows.", self.repaint, (widgets.HBox([widgets.VBox([self.mask, self.mask.look]), side]).add_class("td-row"),))
+        super().__init__(worker, "Begin at a picture instead of at noise. Draw on it to repaint only what you drew; else everything may change, as far as "
+                         "the strength allows.", self.repaint, (widgets.HBox([self.mask, side]).add_class("td-row"),))
 
     def show(self, image: Image.Image):
         "Begin at this picture."

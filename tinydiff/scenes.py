@@ -487,16 +487,19 @@ def parse(text: str,     # a caption of the grammar
 _KIND_INDEX = {kind: i for i, kind in enumerate(KINDS)}
 _COLOR_INDEX = {color: i for i, color in enumerate(COLORS)}
 
-def is_heldout(scene: Scene) -> bool:
-    "Does `scene` show a combination withheld from training? About 10 % of (kind, color), (kind, count), (kind, relation, kind)."
+_WITHHELD = {10: (1, 1), 25: (2.5, 2), 50: (5, 4)}  # percent: of ten colors or relations, of nine counts
+
+def is_heldout(scene: Scene, percent: int = 10) -> bool:
+    "Does `scene` show a combination withheld from training? About 10, 25 or 50 % of (kind, color), (kind, count), (kind, relation, kind)."
+    tenths, ninths = _WITHHELD[percent]
     for t in scene.things:
         k = _KIND_INDEX[t.kind]
-        if t.color and (3 * k + _COLOR_INDEX[t.color]) % 10 == 6: return True
-        if t.count > 1 and (k + 3 * t.count) % 9 == 1: return True
+        if t.color and (3 * k + _COLOR_INDEX[t.color] - 6) % 10 < tenths - k % 2 / 2: return True
+        if t.count > 1 and (k + 3 * t.count - 1) % 9 < ninths: return True
     if scene.relation is None: return False
     a, b = (_KIND_INDEX[t.kind] for t in scene.things)
     if scene.relation in ("right", "below"): a, b = b, a           # a is right of b = b is left of a
-    return (a + 3 * b + 5 * (scene.relation in ("above", "below"))) % 10 == 0
+    return (a + 3 * b + 5 * (scene.relation in ("above", "below"))) % 10 < tenths - a % 2 / 2
 
 # %% ../nbs/01_scenes.ipynb #faf852bf
 def _sample_things(rng):
@@ -509,21 +512,22 @@ def _sample_things(rng):
 
 def sample_scene(rng: random.Random,      # the source of chance
                  heldout: bool = False,   # only combinations that training never sees
+                 percent: int = 10,       # how many of them are withheld: 10, 25 or 50
                 ) -> Scene:
     "A random scene: 40 % plain, the rest evenly in the other styles; with or without a withheld combination."
     style = "plain" if rng.random() < 0.4 else rng.choice(list(STYLES)[1:])
     place = rng.choice(list(PLACES))
     while True:
         scene = Scene(style, place, *_sample_things(rng))
-        if is_heldout(scene) == heldout: return scene
+        if is_heldout(scene, percent) == heldout: return scene
 
 # %% ../nbs/01_scenes.ipynb #05babbf9
 class Scenes:
     "Captioned pictures without end: a map-style data set; item i depends on (seed, split, i) alone."
-    splits = {"train": 100_000, "validation": 1_000, "test": 1_000, "heldout": 1_000}
+    splits = {"train": 100_000, "validation": 1_000, "test": 1_000, "heldout": 1_000, "train-25": 100_000, "train-50": 100_000}
 
     def __init__(self,
-                 split: str = "train",         # train, validation, test or heldout
+                 split: str = "train",         # train, validation, test, heldout; train-25 and train-50 withhold more combinations
                  image_size: int = 64,         # pixels on a side
                  seed: int = 0,                # another seed, another book
                  length: int | None = None,    # number of items; None: the usual number of the split
@@ -538,7 +542,7 @@ class Scenes:
         "`{'image': RGB picture, 'caption': str, 'scene': Scene}`; IndexError outside [0, length)."
         if not 0 <= i < self.length: raise IndexError(f"index {i} is not in [0, {self.length})")
         rng = random.Random(f"{self.seed}-{self.split}-{int(i)}")
-        scene = sample_scene(rng, heldout=self.split == "heldout")
+        scene = sample_scene(rng, self.split == "heldout", int(self.split.partition("-")[2] or 10))
         text = caption(scene, rng)
         return {"image": render(scene, self.image_size, rng.getrandbits(32)), "caption": text, "scene": scene}
 

@@ -176,7 +176,7 @@ class TaskOptions:
 @dataclass(frozen=True)
 class OptimizerOptions:
     "How it learns."
-    steps: int = 4000  # of the diffusion stage
+    steps: int = 2400  # of the diffusion stage
     vae_steps: int = 1500
     clip_steps: int = 200
     batch_size: int = 32  # of the diffusion stage, over all processes
@@ -492,6 +492,10 @@ class Run:
             torch.distributed.all_reduce(value := value.detach().float() / self.world)
         return value
 
+    def gather(self, rows: Tensor) -> Tensor:
+        "The rows of all processes; gradients find their way back."
+        return rows if self.world == 1 else torch.cat(torch.distributed.nn.functional.all_gather(rows))
+
     def any_process(self, yes: bool) -> bool:
         "Whether any of the processes says yes; then all hear it."
         return yes if self.world == 1 else self.mean(torch.tensor(float(yes), device=self.device)).item() > 0
@@ -574,7 +578,7 @@ class PixelStage:
 
 # %% ../nbs/11_train.ipynb #45e47521
 class VAEStage(PixelStage):
-    "Stage 1: pictures to latents and back. L1 + squared error + a little KL (Rombach et al. 2022, appendix G)."
+    "Stage 1: pictures to latents and back, at times at half size. L1 + squared error + a little KL (Rombach et al. 2022, appendix G)."
     name, output = "vae", "vae"
 
     def __init__(self, run: Run, dataset: Dataset, arch: Architecture):
@@ -638,7 +642,7 @@ class CLIPStage(PixelStage):
         return images, self.run.send(self.tokenizer(captions))
 
     def loss(self, model: nn.Module, images: Tensor, ids: Tensor) -> tuple[Tensor, dict]:
-        logits = model(images, ids)
+        logits, ids = model(images, ids, self.run.gather), self.run.gather(ids)
         right = (ids[logits.argmax(dim=1)] == ids).all(dim=1).float().mean()
         return contrastive_loss(logits, ids), {"accuracy": right.detach()}
 

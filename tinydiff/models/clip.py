@@ -10,7 +10,7 @@ __all__ = ['START', 'END', 'WORDS', 'ACTIVATIONS', 'byte_pair_tokenizer', 'train
 # %% ../../nbs/09_clip.ipynb #93b1b722
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -220,10 +220,10 @@ class CLIP(nn.Module):
     def encode_image(self, images: Tensor) -> Tensor:  # (batch, 3, height, width) -> (batch, projection_dim), of length 1
         return F.normalize(self.visual_projection(self.image_encoder(images)), dim=-1)
 
-    def forward(self, images: Tensor, ids: Tensor) -> Tensor:
-        "Similarity of every image with every caption times the temperature's inverse, (images, captions)."
+    def forward(self, images: Tensor, ids: Tensor, gather: Callable[[Tensor], Tensor] = lambda rows: rows) -> Tensor:
+        "Similarity of every image with every caption times the temperature's inverse, (images, captions); `gather` adds other processes' rows."
         scale = self.logit_scale.clamp(max=math.log(100)).exp()
-        return scale * self.encode_image(images) @ self.encode_text(ids).T
+        return scale * gather(self.encode_image(images)) @ gather(self.encode_text(ids)).T
 
 # %% ../../nbs/09_clip.ipynb #840cd0dd
 def contrastive_loss(
