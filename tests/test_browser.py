@@ -148,7 +148,7 @@ def click_word(page, word: str):
 def draw(page, tab: str, name: str):
     "Press a panel's Draw, and wait for the end."
     open_tab(page, tab)
-    page.click(".td-panel:visible >> text=Draw")
+    page.click(".td-panel:visible button >> text=Draw")
     page.wait_for_selector("button.td-stop:enabled")
     page.wait_for_selector("button.td-stop:disabled")
     page.wait_for_selector(".td-panel:visible figure")
