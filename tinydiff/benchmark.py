@@ -361,7 +361,7 @@ TASKS = dict(zip(get_args(Task), (unet_cases, compiled_cases, prediction_cases, 
 
 def card(device: torch.device) -> str:
     "What the device calls itself."
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{processor_name()}, {torch.get_num_threads()} threads"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{processor_name()}, threads: {torch.get_num_threads()}"
 
 
 def add_gains(rows: list[dict]):
