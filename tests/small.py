@@ -1,4 +1,6 @@
-"Networks so small that a run takes a second or two, and what it takes to call two runs equal."
+"What several tests share: networks so small that a run takes a second or two, equal runs, a command called in this process."
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -28,3 +30,14 @@ def differences(left: Path, right: Path, stage: str) -> list[str]:
         found += [f"{name}: {key}" for key in one.keys() | two.keys() if key not in one or key not in two or not torch.equal(one[key], two[key])]
     timeless = [[{k: v for k, v in record.items() if k != "images_per_s"} for record in read_metrics(run)] for run in (left, right)]
     return found + ["metrics"] * (timeless[0] != timeless[1]) + ["step"] * (a.name != b.name)
+
+
+def run_command(monkeypatch, capsys, main: Callable, *args) -> tuple[int, str, str]:
+    "Exit status, standard output and standard error of a command that is called in this process."
+    monkeypatch.setattr(sys, "argv", ["command", *map(str, args)])
+    capsys.readouterr()
+    try:
+        status = main() or 0
+    except SystemExit as stop:
+        status = stop.code or 0
+    return status, *capsys.readouterr()

@@ -2,12 +2,11 @@
 import copy
 import dataclasses
 import json
-import sys
 from typing import get_args
 
 import pytest
 import torch
-from small import SMALL
+from small import SMALL, run_command
 
 from tinydiff.benchmark import (
     COLUMNS, RUNGS, TASKS, BenchmarkConfig, Case, Task, benchmark, clip_loss, climbed, draw, flops, flow_scheduler, in_turns, ladder_cases, main, peak_flops,
@@ -191,19 +190,8 @@ def test_mfu_is_of_the_data_sheet(config, monkeypatch):
     assert row["mfu"] == pytest.approx(row["gflop"] * 1e9 / row["seconds"] / 19.5e12)
 
 
-def command(monkeypatch, capsys, *args):
-    "Run `python -m tinydiff.benchmark`: exit status, output, errors."
-    monkeypatch.setattr(sys, "argv", ["benchmark", *map(str, args)])
-    try:
-        code = main() or 0
-    except SystemExit as stop:
-        code = stop.code or 0
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
 def test_command(monkeypatch, capsys, tmp_path):
-    code, out, _ = command(monkeypatch, capsys, "--tasks", "caching", "ladder", "--image_size", 16, "--batch_size", 2, "--repeats", 2, "--device", "cpu",
+    code, out, _ = run_command(monkeypatch, capsys, main, "--tasks", "caching", "ladder", "--image_size", 16, "--batch_size", 2, "--repeats", 2, "--device", "cpu",
                            "--json", tmp_path / "a.json")
     stored = json.loads((tmp_path / "a.json").read_text())
     assert code == 0 and [row["task"] for row in stored["rows"]] == 2 * ["caching"] + len(RUNGS) * ["ladder"]
@@ -214,7 +202,7 @@ def test_command(monkeypatch, capsys, tmp_path):
 def test_command_without_the_others(monkeypatch, capsys):
     import tinydiff.benchmark as module
     monkeypatch.setattr(module, "find_spec", lambda name: None)
-    code, out, _ = command(monkeypatch, capsys, "--tasks", "caching", "--image_size", 16, "--batch_size", 2, "--repeats", 2, "--device", "cpu")
+    code, out, _ = run_command(monkeypatch, capsys, main, "--tasks", "caching", "--image_size", 16, "--batch_size", 2, "--repeats", 2, "--device", "cpu")
     assert code == 0 and "diffusers is not installed: no twin" in out and out.count("\n") == 3
 
 
@@ -229,11 +217,11 @@ BAD_FLAGS = {
 def test_bad_flags(name, monkeypatch, capsys):
     "One clear line, exit status 2, nothing measured."
     flags, words = BAD_FLAGS[name]
-    code, out, err = command(monkeypatch, capsys, *flags)
+    code, out, err = run_command(monkeypatch, capsys, main, *flags)
     assert code == 2 and not out
     assert err.startswith("error: ") and err.count("\n") == 1 and words in err and len(err) < 400, err
 
 
 def test_help(monkeypatch, capsys):
-    code, out, _ = command(monkeypatch, capsys, "--help")
+    code, out, _ = run_command(monkeypatch, capsys, main, "--help")
     assert code == 0 and all(f"--{field.name}" in out for field in dataclasses.fields(BenchmarkConfig)) and "rounds that count" in out

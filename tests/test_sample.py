@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from small import run_command
 
 import tinydiff.sample
 from tinydiff.models.clip import CLIPTextConfig, CLIPTextEncoder, CLIPTokenizer
@@ -369,21 +370,10 @@ def test_pick(rng):
 
 # --- the command line
 
-def command(monkeypatch, capsys, *args):
-    "Run `tinydiff-sample`: exit status, output, errors."
-    monkeypatch.setattr(sys, "argv", ["tinydiff-sample", *map(str, args)])
-    try:
-        code = main() or 0
-    except SystemExit as stop:
-        code = stop.code or 0
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
 @pytest.fixture
 def cli(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
-    return lambda *args: command(monkeypatch, capsys, *args)
+    return lambda *args: run_command(monkeypatch, capsys, main, *args)
 
 
 def test_one_picture_knows_how_it_was_made(cli, folder, tmp_path):

@@ -9,7 +9,6 @@ import resource
 import shutil
 import signal
 import socket
-import sys
 import traceback
 
 import pytest
@@ -21,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tinydiff.sample
 import tinydiff.train
-from small import QUICK, SMALL, differences
+from small import QUICK, SMALL, differences, run_command
 from tinydiff.data import image_to_tensor
 from tinydiff.sample import TextToImage
 from tinydiff.stable_diffusion import load_text_encoder, load_vae
@@ -49,17 +48,6 @@ def base(tmp_path_factory):
 def on(base, **more):
     "A configuration of the diffusion stage on trained parts."
     return TrainConfig(**QUICK | dict(vae=str(base), text_encoder=str(base)) | more)
-
-
-def run_command(monkeypatch, capsys, *args, command=tinydiff.train.main):
-    "Exit status, standard output and standard error of a command that is called in this process."
-    monkeypatch.setattr(sys, "argv", ["command", *map(str, args)])
-    capsys.readouterr()
-    try:
-        status = command() or 0
-    except SystemExit as stop:
-        status = stop.code or 0
-    return status, *capsys.readouterr()
 
 
 def interrupt(monkeypatch, after_step, number=signal.SIGTERM):
@@ -120,7 +108,7 @@ def test_all_stages_resume(base, tmp_path, monkeypatch):
 
 def test_ctrl_c(base, tmp_path, monkeypatch, capsys):
     interrupt(monkeypatch, 2, signal.SIGINT)
-    status, _, said = run_command(monkeypatch, capsys, *flags(on(base, steps=5)), "--out", tmp_path / "run")
+    status, _, said = run_command(monkeypatch, capsys, tinydiff.train.main, *flags(on(base, steps=5)), "--out", tmp_path / "run")
     assert status == 130 and "saved after step 2 of 5" in said and "--resume --out" in said and "Traceback" not in said
 
 
@@ -268,7 +256,7 @@ def test_skipped_pictures_are_named_at_the_end(tmp_path, capsys):
 def test_out_of_memory(base, tmp_path, monkeypatch, capsys, error, message):
     def fail(*args): raise error
     monkeypatch.setattr(tinydiff.train.Denoiser, "forward", fail)
-    status, _, said = run_command(monkeypatch, capsys, *flags(on(base)), "--out", tmp_path / "run")
+    status, _, said = run_command(monkeypatch, capsys, tinydiff.train.main, *flags(on(base)), "--out", tmp_path / "run")
     said = [line for line in said.splitlines() if line.startswith("error: ")]
     assert status == 2 and len(said) == 1 and re.search(message, said[0])
 
@@ -542,7 +530,7 @@ def test_mistakes_cost_one_line(base, tmp_path, monkeypatch, capsys, name):
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.chdir(tmp_path)
     last = [] if "--out" in args or name == "resume without out" else ["--out", tmp_path / "run"]
-    status, _, said = run_command(monkeypatch, capsys, *flags(on(base)), *args, *last)
+    status, _, said = run_command(monkeypatch, capsys, tinydiff.train.main, *flags(on(base)), *args, *last)
     assert status == 2, said
     lines = [line for line in said.splitlines() if line.strip()]
     assert len(lines) == 1 and lines[0].startswith("error: ") and len(lines[0]) < 500, said
@@ -551,19 +539,19 @@ def test_mistakes_cost_one_line(base, tmp_path, monkeypatch, capsys, name):
 
 
 def test_emoji_of_odd_size(base, tmp_path, monkeypatch, capsys):
-    status, _, said = run_command(monkeypatch, capsys, "--dataset", "emoji", "--image_size", 301, "--stage", "vae", "--out", tmp_path / "run")
+    status, _, said = run_command(monkeypatch, capsys, tinydiff.train.main, "--dataset", "emoji", "--image_size", 301, "--stage", "vae", "--out", tmp_path / "run")
     assert status == 2 and "--image_size must be a multiple of 2" in said and not (tmp_path / "run").exists()
 
 
 def test_folder_that_cannot_be_written(base, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
-    status, _, said = run_command(monkeypatch, capsys, *flags(on(base)), "--out", tmp_path / "file/run")
+    status, _, said = run_command(monkeypatch, capsys, tinydiff.train.main, *flags(on(base)), "--out", tmp_path / "file/run")
     assert status == 2 and "cannot be written" in said and len(said.strip().splitlines()) == 1
 
 
 def test_a_run_is_not_overwritten(base, monkeypatch, capsys):
     before = (base / "run.json").read_bytes()
-    status, _, said = run_command(monkeypatch, capsys, "--out", base)
+    status, _, said = run_command(monkeypatch, capsys, tinydiff.train.main, "--out", base)
     assert status == 2 and "already holds a run" in said and (base / "run.json").read_bytes() == before
 
 
@@ -576,7 +564,7 @@ def test_stored_configuration_is_checked(base, tmp_path, monkeypatch, capsys, ch
     stored = json.loads((base / "run.json").read_text())
     stored["config"] |= change
     (tmp_path / "run.json").write_text(json.dumps(stored))
-    status, _, said = run_command(monkeypatch, capsys, "--resume", "--out", tmp_path)
+    status, _, said = run_command(monkeypatch, capsys, tinydiff.train.main, "--resume", "--out", tmp_path)
     assert status == 2 and message in said and len(said.strip().splitlines()) == 1
 
 
@@ -591,7 +579,7 @@ def test_checkpoint_of_other_networks(base, tmp_path, monkeypatch, capsys):
     shutil.copytree(base, tmp_path / "run")
     wider = dataclasses.replace(SMALL, vae=dataclasses.replace(SMALL.vae, block_out_channels=(8, 24)))
     monkeypatch.setitem(tinydiff.train.ARCHITECTURES, "tiny", wider)
-    status, _, said = run_command(monkeypatch, capsys, "--resume", "--out", tmp_path / "run")
+    status, _, said = run_command(monkeypatch, capsys, tinydiff.train.main, "--resume", "--out", tmp_path / "run")
     assert status == 2 and "is for other networks" in said
 
 
@@ -611,11 +599,11 @@ def test_train_then_sample(tmp_path, monkeypatch, capsys, dataset):
     "All stages by the command, then pictures by the other command; a data set smaller than a batch will do."
     name = str(picture_folder(tmp_path / "data")) if dataset == "folder" else dataset
     config = TrainConfig(stage="all", **QUICK | dict(dataset=name, num_workers=1))
-    status, said, _ = run_command(monkeypatch, capsys, *flags(config), "--out", tmp_path / "run")
+    status, said, _ = run_command(monkeypatch, capsys, tinydiff.train.main, *flags(config), "--out", tmp_path / "run")
     assert status == 0 and "tinydiff-sample" in said
     assert {p.name for p in (tmp_path / "run/samples").iterdir()} == {f"{s}-000002.png" for s in ("vae", "clip", "diffusion", "timesteps")}
     args = ["--checkpoint", tmp_path / "run", "--prompt", "a red boat", "", "--steps", "2", "--device", "cpu", "--out", tmp_path / "out"]
-    status, said, error = run_command(monkeypatch, capsys, *args, command=tinydiff.sample.main)
+    status, said, error = run_command(monkeypatch, capsys, tinydiff.sample.main, *args)
     assert status == 0, error
     images = [Image.open(tmp_path / f"out/{i:03}.png") for i in range(2)]
     assert all(image.size == (16, 16) and len(image.getcolors(256)) > 1 for image in images)

@@ -588,7 +588,7 @@ class VAEStage(PixelStage):
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         every = self.run.config.half_size_every
-        self.shrink = 2 if every and step % every == 0 else 1
+        self.shrink = 2 if every and step % every == 0 else 1  # steps that are reported are whole: log_every is a multiple
         images, (channels, size) = self.pictures(step)[0], (self.model.config.latent_channels, self.run.config.image_size // self.model.config.downsample_factor)
         return images, self.run.noise("posterior", step, (self.batch_size, channels, size, size))
 
