@@ -76,6 +76,7 @@ MUTATIONS = [
         P + "decode_undoes_what_encoding_does"),
     bug("scaling factor not stored", "stable_diffusion.py", '{"_class_name": "AutoencoderKL", **ours, "down', '{"_class_name": "AutoencoderKL", **ours, "scaling_factor": 1.0, "down', F + "scaling_factor_is_stored"),
     bug("scaling factor not measured", "train.py", "scaling_factor=scaling_factor(model, images.to(self.run.device))", "scaling_factor=1.0", T + "scaling_factor"),
+    bug("negatives of one process alone", "train.py", "model(images, ids, self.run.gather), self.run.gather(ids)", "model(images, ids), ids", T + "two_processes_are_like_one[adamw-1e-06-clip]"),
     bug("cached latents freeze the posterior sample", "train.py", 'eps = self.run.noise("posterior", step,', 'eps = 0 * self.run.noise("posterior", step,', T + "cached_latents_are_fresh_each_epoch"),
     bug("cached latents freeze the flip", "train.py", 'coins = torch.randint(moments.shape[1], (len(rows),), generator=generator_at(self.run.config.seed, "flip", step))',
         "coins = torch.zeros(len(rows), dtype=torch.long)", T + "both_mirrors_are_used"),

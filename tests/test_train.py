@@ -203,7 +203,7 @@ def by_two(config):
     assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
 
 
-@pytest.mark.parametrize("stage", ["vae", "diffusion"])
+@pytest.mark.parametrize("stage", ["vae", "clip", "diffusion"])
 @pytest.mark.parametrize("optimizer, close", [("adamw", 1e-6), ("muon", 1e-3)])
 def test_two_processes_are_like_one(base, tmp_path, stage, optimizer, close):
     """The same losses, by one, by two, and by one that goes on where two stopped; the long version is tests/two_processes.py.
@@ -211,7 +211,7 @@ def test_two_processes_are_like_one(base, tmp_path, stage, optimizer, close):
     The gradients differ by rounding. Muon lifts quiet directions, where there is nothing but rounding, and so the difference too.
     """
     parts = dict(vae=str(base), text_encoder=str(base)) if stage == "diffusion" else {}
-    config = TrainConfig(**QUICK | dict(stage=stage, optimizer=optimizer, steps=8, vae_steps=8, batch_size=6, vae_batch_size=6, clip_batch_size=6, flip=True, checkpoint_every=4) | parts)
+    config = TrainConfig(**QUICK | dict(stage=stage, optimizer=optimizer, steps=8, vae_steps=8, clip_steps=8, batch_size=6, vae_batch_size=6, clip_batch_size=6, flip=True, checkpoint_every=4) | parts)
     one = train(dataclasses.replace(config, out=str(tmp_path / "one")))
     by_two(dataclasses.replace(config, out=str(tmp_path / "two")))
     shutil.rmtree(tmp_path / "two/checkpoints" / stage / "0000008")
