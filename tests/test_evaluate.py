@@ -259,7 +259,7 @@ def test_one_step_of_a_run(pipe, tmp_path):
 
 
 def test_command(tmp_path, monkeypatch, capsys):
-    "Two exams: tables, results.json, failures and the figure."
+    "Two exams: tables, results, answers, failures and the figure."
     out = tmp_path / "eval"
     flags = "--prompts 1 --images 1 --steps 1 2 --guidance_scale 1 --training_pictures 20 --reference_pictures 26 --out"
     monkeypatch.setattr(sys, "argv", ["tinydiff-eval", *flags.split(), str(out)])
@@ -267,11 +267,12 @@ def test_command(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert printed.count("overall") == 2 and printed.count("FID") == 2
     first, second = json.loads((out / "results.json").read_text())["exams"]
+    answers = json.loads((out / "answers.json").read_text())
     assert (first["steps"], first["unet_calls"], second["steps"], second["unet_calls"], first["scheduler"]) == (1, 1, 2, 2, "flow")
-    assert len(first["answers"]) == 13 and all(len(a["right"]) == len(a["seeds"]) == 1 for a in first["answers"])
-    mean = np.mean([np.mean(a["right"]) for a in second["answers"] if a["category"] in ev.SIX and not a["heldout"]])
-    assert second["scores"]["model"]["seen"]["overall"][0] == pytest.approx(100 * mean)
-    assert {path.name for path in out.iterdir()} == {"results.json", "failures-00.png", "failures-01.png", "sweep.png"}
+    assert [len(a) for a in answers] == [13, 13] and all(len(a["right"]) == len(a["seeds"]) == len(a["read"]) == 1 for a in answers[0])
+    mean = np.mean([np.mean(a["right"]) for a in answers[1] if a["category"] in ev.SIX and not a["heldout"]])
+    assert second["scores"]["model"]["seen"]["overall"][0] == pytest.approx(100 * mean, abs=0.01)
+    assert {path.name for path in out.iterdir()} == {"results.json", "answers.json", "failures-00.png", "failures-01.png", "sweep.png"}
 
 
 @pytest.mark.parametrize("flags, complaint", [

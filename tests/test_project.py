@@ -1,5 +1,6 @@
 "The project as a whole: notebooks run, and package, README, site and wheel are what the notebooks say."
 import filecmp
+import json
 import os
 import re
 import runpy
@@ -161,6 +162,19 @@ def test_wheel_holds_modules_and_weights(tmp_path):
 
 
 # --- README and site
+
+def test_results_table_is_of_the_bundled_exams():
+    "README's SceneEval table holds the numbers that `tinydiff-eval` wrote for both bundled models."
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in text.split("| | flow, seen |")[1].split("\n\n")[0].splitlines()[2:]]
+    scores = {name: json.loads((ROOT / f"tinydiff/pretrained/exams/{name}.json").read_text())["exams"][0]["scores"] for name in ("flow", "ddpm")}
+    cell = lambda table, name: "{:.1f} [{:.1f}, {:.1f}]".format(*table[name]) if name in table else "-"
+    assert len(lines) == 9
+    for name, *found, ceiling, chance in lines:
+        assert found == [cell(scores[model]["model"][group], name) for model in ("flow", "ddpm") for group in ("seen", "heldout")], name
+        assert [ceiling, chance] == [f"{scores['flow'][who]['seen'][name][0]:.1f}" for who in ("ceiling", "chance")], name
+
+
 
 def readme_commands():
     "(command, its flags) for every line of a README code block that calls one of our console scripts."

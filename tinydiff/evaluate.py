@@ -11,7 +11,8 @@ __all__ = ['WHOLE', 'EACH', 'POSITION_TOLERANCE', 'SIX', 'CATEGORIES', 'WITHHOLD
            'shows_relation', 'is_right', 'bootstrap', 'summarize', 'question_scores', 'chance_scores', 'fill',
            'renders_of', 'frechet_distance', 'kernel_distance', 'distances', 'small_pixels', 'nearest', 'first_seed',
            'draw_pictures', 'Evaluation', 'evaluate', 'failure_sheet', 'report', 'score_table', 'EvalConfig',
-           'read_step', 'open_checkpoint', 'sampler_name', 'unet_calls', 'run_exam', 'plot_sweep', 'run_exams', 'main']
+           'read_step', 'open_checkpoint', 'sampler_name', 'unet_calls', 'answers', 'run_exam', 'plot_sweep',
+           'run_exams', 'main']
 
 # %% ../nbs/13_evaluate.ipynb #2518e837
 import dataclasses
@@ -660,6 +661,12 @@ def unet_calls(pipe: TextToImage, steps: int, guidance_scale: float) -> int:
     return len(started(pipe.scheduler, steps).timesteps) * (1 if guidance_scale == 1 else 2)
 
 # %% ../nbs/13_evaluate.ipynb #fd055ebe
+def answers(done: Evaluation) -> list[dict]:
+    "Of each question: what the reader saw in each of its pictures, and whether that is right."
+    return [{"category": q.category, "heldout": q.heldout, "prompt": q.prompt, "seeds": seeds, "right": [is_right(q, seen) for seen in group],
+             "read": list(map(str, group))} for q, seeds, group in zip(done.questions, done.seeds, done.readings)]
+
+
 def run_exam(config: EvalConfig, chosen: dict, reader: Reader, training: list[Image.Image]) -> tuple[dict, Evaluation]:
     "One combination of the settings: a record for results.json, and the evaluation itself."
     pipe = open_checkpoint(chosen["checkpoint"], chosen["scheduler"], reader.whole.weight.device)
@@ -667,9 +674,7 @@ def run_exam(config: EvalConfig, chosen: dict, reader: Reader, training: list[Im
     begin = time.perf_counter()
     done = evaluate(pipe, reader, exam(config.prompts), config.images, config.seed, batch_size=config.batch_size, **settings)
     record = chosen | {"scheduler": sampler_name(pipe), "unet_calls": unet_calls(pipe, **settings), "seconds": round(time.perf_counter() - begin, 1)}
-    answers = [{"category": q.category, "heldout": q.heldout, "prompt": q.prompt, "seeds": seeds, "right": [is_right(q, seen) for seen in group],
-                "read": list(map(str, group))} for q, seeds, group in zip(done.questions, done.seeds, done.readings)]
-    return record | report(done, pipe, reader, training, config.reference_pictures) | {"answers": answers}, done
+    return record | report(done, pipe, reader, training, config.reference_pictures), done
 
 # %% ../nbs/13_evaluate.ipynb #2f6f72a7
 def plot_sweep(records: list[dict]):
@@ -692,19 +697,21 @@ def plot_sweep(records: list[dict]):
 
 # %% ../nbs/13_evaluate.ipynb #84a4c8f4
 def run_exams(config: EvalConfig) -> list[dict]:
-    "Every combination: prints a table of each, and writes results.json, failures and (of several) a figure into `config.out`."
+    "Every combination: prints a table of each, and writes results.json, answers.json, failures and (of several) a figure into `config.out`."
     device, out = choose_device(config.device), Path(config.out)
     for chosen in config.combinations():
         open_checkpoint(chosen["checkpoint"], chosen["scheduler"], device)  # all mistakes before the first picture
-    reader, records = load_reader(device=device), []
+    reader, records, read = load_reader(device=device), [], []
     training = [item["image"] for item in map(Scenes("train", length=config.training_pictures).__getitem__, range(config.training_pictures))]
     out.mkdir(parents=True, exist_ok=True)
     for number, chosen in enumerate(config.combinations()):
         record, done = run_exam(config, chosen, reader, training)
         records.append(record)
+        read.append(answers(done))
         print(f"\n{record['checkpoint']}: {record['scheduler']}, {record['steps']} steps, guidance {record['guidance_scale']:g}; "
               f"{len(done.questions)} prompts, {config.images} pictures each\n{score_table(record)}", flush=True)
         write_text(out / "results.json", json.dumps({"config": asdict(config), "exams": records}, indent=1))
+        write_text(out / "answers.json", json.dumps(read, indent=1))
         if sheet := failure_sheet(done):
             write_image(sheet, chosen, out / f"failures{f'-{number:02}' if len(config.combinations()) > 1 else ''}.png")
     if len(records) > 1:
