@@ -192,7 +192,7 @@ def test_mfu_is_of_the_data_sheet(config, monkeypatch):
 
 def test_command(monkeypatch, capsys, tmp_path):
     code, out, _ = run_command(monkeypatch, capsys, main, "--tasks", "caching", "ladder", "--image_size", 16, "--batch_size", 2, "--repeats", 2, "--device", "cpu",
-                           "--json", tmp_path / "a.json")
+                               "--json", tmp_path / "a.json")
     stored = json.loads((tmp_path / "a.json").read_text())
     assert code == 0 and [row["task"] for row in stored["rows"]] == 2 * ["caching"] + len(RUNGS) * ["ladder"]
     assert stored["config"]["batch_size"] == 2 and stored["torch"] == torch.__version__ and stored["device"] in out
