@@ -175,7 +175,6 @@ def test_results_table_is_of_the_bundled_exams():
         assert [ceiling, chance] == [f"{scores['flow'][who]['seen'][name][0]:.1f}" for who in ("ceiling", "chance")], name
 
 
-
 def readme_commands():
     "(command, its flags) for every line of a README code block that calls one of our console scripts."
     text = (ROOT / "README.md").read_text(encoding="utf-8") if (ROOT / "README.md").exists() else ""
