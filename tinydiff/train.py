@@ -13,13 +13,14 @@ __all__ = ['RANGES', 'PRESETS', 'ARCHITECTURES', 'CHECKPOINT', 'PACKAGES', 'seed
            'CLIPStage', 'Parts', 'load_parts', 'make_unet', 'needed_items', 'encode_dataset', 'fingerprint',
            'read_cache', 'cached_latents', 'EncodedData', 'draw_by_time', 'Denoiser', 'DiffusionStage',
            'attention_kernel', 'stop_signals', 'blame', 'Guard', 'backward', 'parallel', 'Progress', 'leave', 'finish',
-           'fit', 'has_bf16', 'join_processes', 'check_shares', 'check_image_size', 'check_out', 'processor_name',
-           'data_fingerprint', 'git_commit', 'describe_run', 'with_earlier', 'open_run', 'with_folder', 'open_dataset',
-           'explained', 'train', 'stored_config', 'read_config', 'main']
+           'fit', 'has_bf16', 'join_processes', 'keep_freed_memory', 'check_shares', 'check_image_size', 'check_out',
+           'processor_name', 'data_fingerprint', 'git_commit', 'describe_run', 'with_earlier', 'open_run',
+           'with_folder', 'open_dataset', 'explained', 'train', 'stored_config', 'read_config', 'main']
 
 # %% ../nbs/11_train.ipynb #b8522702
 import argparse
 import copy
+import ctypes
 import dataclasses
 import difflib
 import functools
@@ -1020,6 +1021,16 @@ def join_processes(config: TrainConfig) -> tuple[torch.device, int, int]:
             torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device, rank, world
 
+# %% ../nbs/11_train.ipynb #7c1e40a2
+def keep_freed_memory():
+    "Let Linux's C library keep what a step frees for the next step (mallopt(3)); elsewhere nothing happens."
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3
+    with suppress(AttributeError, OSError, TypeError):  # not its C library, or none to ask
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(top_pad, 2**28)
+        mallopt(mmap_threshold, 2**25)  # bytes; it takes no more
+
 # %% ../nbs/11_train.ipynb #5e6493a0
 def check_shares(config: TrainConfig, world: int):
     "ValueError where a batch cannot be shared evenly by processes and parts."
@@ -1156,6 +1167,8 @@ def explained(stage, run: Run) -> Iterator[None]:
 def train(config: TrainConfig) -> Path:
     "All stages that the configuration asks for; returns the run's folder, a checkpoint that `TextToImage` opens after stage diffusion."
     device, rank, world = join_processes(config)
+    if device.type == "cpu":
+        keep_freed_memory()
     config = with_folder(config, world)
     if rank == 0:
         check_out(config)
