@@ -14,7 +14,7 @@ from tinydiff.benchmark import (
 )
 from tinydiff.models.clip import CLIP
 from tinydiff.models.unet import UNet
-from tinydiff.models.vae import AutoencoderKL
+from tinydiff.models.vae import AutoencoderKL, Upsample
 from tinydiff.train import ARCHITECTURES, has_bf16
 
 CPU = torch.device("cpu")
@@ -50,9 +50,14 @@ def pair_and_loss(network, config):
         torch.set_default_dtype(before)
 
 
+def repeat_and_convolve(self, x):
+    "What `Upsample` computes, word for word, as diffusers does."
+    return self.conv(x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3))
+
+
 @pytest.mark.parametrize("network", NETWORKS)
-def test_twins_are_one_network(network, config):
-    "The same loss, the same gradient in every weight (by its size: names differ), the same number of operations."
+def test_twins_are_one_network(network, config, monkeypatch):
+    "The same loss, the same gradient in every weight (by its size: names differ), the same number of operations but for upsampling."
     models, loss = pair_and_loss(network, config)
     assert len(models) == 2
     values, norms = [], []
@@ -63,7 +68,10 @@ def test_twins_are_one_network(network, config):
     torch.testing.assert_close(*values, rtol=1e-6, atol=0)  # predictions go through float32
     torch.testing.assert_close(*norms, rtol=1e-4, atol=1e-9)
     assert all((norm > 0).sum() > 0.9 * len(norm) for norm in norms)
-    assert len({flops(lambda: loss(model).backward()) for model in models}) == 1
+    ours, theirs = (flops(lambda: loss(model).backward()) for model in models)
+    assert ours == theirs if network == "clip" else ours < theirs
+    monkeypatch.setattr(Upsample, "forward", repeat_and_convolve)
+    assert flops(lambda: loss(models[0]).backward()) == theirs  # the upsampling was all the difference
 
 
 def test_twins_draw_the_same_pictures(config):
@@ -129,7 +137,7 @@ def test_compiled_steps_are_steps(config, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda model, mode=None: chosen.append(mode) or model)
     config = dataclasses.replace(config, compile=True)
     ours, theirs = TASKS["compiled"](config, config.open()).values()
-    assert ours.flop == theirs.flop == flops(ours.call) and chosen == [None, None]
+    assert ours.flop == flops(ours.call) < theirs.flop == flops(theirs.call) and chosen == [None, None]
     assert isinstance(TASKS["ladder"](config, config.open())["compile"], Case) and chosen == 3 * [None]
     climbed(UNet(config.networks.unet), lambda model: model.conv_in.weight.sum(), config.open(), {"compile", "CUDA graphs"})()
     assert chosen[3:] == ["reduce-overhead"]
@@ -174,7 +182,8 @@ def test_every_row_is_there(config):
     by_name = {(row["task"], row["name"]): row for row in rows}
     for task, other in (("unet", "diffusers"), ("prediction", "diffusers"), ("vae", "diffusers"), ("clip", "transformers"), ("sampling", "diffusers"), ("caching", "diffusers")):
         ours, theirs = by_name[task, "tinydiff"], by_name[task, other]
-        assert ours["gflop"] == theirs["gflop"] > 0 and ours["gain"] == ours["images_per_s"] / theirs["images_per_s"] and "gain" not in theirs
+        assert ours["gflop"] == theirs["gflop"] > 0 if task in ("clip", "caching") else 0 < ours["gflop"] < theirs["gflop"]
+        assert ours["gain"] == ours["images_per_s"] / theirs["images_per_s"] and "gain" not in theirs
     loading = [by_name["loading", name]["images_per_s"] for name in ("1 worker", "vae step", "clip step")]
     assert by_name["loading", "1 worker"]["gain"] == loading[0] / max(loading[1:])
     assert by_name["ladder", "channels_last"]["gain"] == by_name["ladder", "channels_last"]["images_per_s"] / by_name["ladder", "eager float32"]["images_per_s"]
