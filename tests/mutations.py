@@ -62,6 +62,9 @@ MUTATIONS = [
     bug("zero-terminal-SNR that is not zero", DDPM, "return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2", "return alphas_cumprod", S + "zero_terminal_snr"),
     bug("min-SNR weight of v", BASE, "(sigma / (alpha * d - sigma * c)) ** 2", "(sigma / alpha) ** 2", S + "min_snr_weights"),
     # --- time
+    bug("timesteps of a batch in order", BASE, "order = torch.randperm(n, generator=generator, device=device if generator is None else generator.device)", "order = torch.arange(n)",
+        S + "a_batch_has_one_timestep_of_each_quantile"),
+    bug("timesteps without an offset", BASE, "return (order.to(device) + offset) / n", "return order.to(device) / n", S + "a_batch_has_one_timestep_of_each_quantile"),
     bug("t in [0, 1] into the sinusoid", FLOW, "times = (sigma * self.num_train_timesteps).float()", "times = sigma.float()", S + "shift_is_applied_once"),
     bug("t in [0, 1] into the sinusoid", "models/time_embed.py", "angles = timesteps.float()[:, None] *", "angles = timesteps.float()[:, None] / 1000 *", M + "time_embedding_sees_ten_steps"),
     bug("bf16 timesteps", "models/time_embed.py", "angles = timesteps.float()[:, None] *", "angles = timesteps.bfloat16().float()[:, None] *", M + "timesteps_stay_apart_under_autocast"),

@@ -541,6 +541,21 @@ def test_dtypes_and_shapes(scheduler, dtype, seed):
     for single in (float(one), one.item()): assert torch.equal(scheduler.step(noise, single, x_0).pred_original_sample, out.pred_original_sample)
 
 
+@pytest.mark.parametrize("scheduler", (DDPMScheduler(), FlowMatchingScheduler(), FlowMatchingScheduler(weighting_scheme="logit_normal", logit_mean=0.5, logit_std=0.8)), ids=str)
+def test_a_batch_has_one_timestep_of_each_quantile(scheduler):
+    "In random order; a row by itself has the whole distribution."
+    draw = lambda seed, n=20: scheduler.sample_timesteps(n, generator=torch.Generator().manual_seed(seed)) / 1000
+    uniform = (lambda s: torch.special.ndtr((s.logit() - 0.5) / 0.8)) if getattr(scheduler, "weighting_scheme", "") == "logit_normal" else lambda s: s
+    batches = uniform(torch.stack([draw(seed) for seed in range(1000)])) + 1e-6
+    parts = (batches * 20).floor()
+    assert torch.equal(parts.sort(dim=1).values, torch.arange(20.0).expand(1000, 20))
+    for row in (0, 19):
+        assert (parts[:, row].long().bincount(minlength=20) - 50).abs().max() < 30, "50 in each part, up to four standard deviations"
+        assert abs(batches[:, row].mean() - 0.5) < 0.04
+    assert abs(torch.corrcoef(parts.T)[0, 1]) < 0.15
+    assert uniform(torch.cat([draw(seed, 1) for seed in range(1000)])).std().sub(12**-0.5).abs() < 0.02, "a batch of one"
+
+
 def test_random_timesteps_depend_on_the_generator_alone():
     for scheduler in (DDPMScheduler(), FlowMatchingScheduler(), FlowMatchingScheduler(weighting_scheme="logit_normal")):
         draw = [scheduler.sample_timesteps(4096, generator=torch.Generator().manual_seed(s)) for s in (0, 0, 1)]

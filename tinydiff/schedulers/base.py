@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['word_points', 'GaussianPath', 'show_noising', 'target_weights', 'check_option', 'Prediction', 'step_weights',
-           'SchedulerOutput', 'random_like', 'Configurable', 'Scheduler', 'exact_model', 'walk', 'show_paths']
+           'SchedulerOutput', 'random_like', 'stratified', 'Configurable', 'Scheduler', 'exact_model', 'walk',
+           'show_paths']
 
 # %% ../../nbs/03_noise.ipynb #de0b2885
 import math
@@ -154,6 +155,13 @@ def random_like(draw, shape, device, generator=None) -> Tensor:
     where = device if generator is None else generator.device
     return draw(shape, generator=generator, device=where).to(device)
 
+# %% ../../nbs/03_noise.ipynb #e7f182cf
+def stratified(n: int, device=None, generator=None) -> Tensor:
+    "Uniform numbers from [0, 1], (n,) float32, one in each nth of the interval, in random order (Kingma et al. 2021, low-discrepancy sampler)."
+    offset = random_like(torch.rand, (1,), device, generator)
+    order = torch.randperm(n, generator=generator, device=device if generator is None else generator.device)
+    return (order.to(device) + offset) / n
+
 # %% ../../nbs/03_noise.ipynb #48db66bd
 class Configurable:
     "A dataclass whose fields are its configuration."
@@ -184,7 +192,7 @@ class Scheduler(Prediction, Configurable):
 
     @abstractmethod
     def sample_timesteps(self, batch_size: int, device=None, generator=None) -> Tensor:
-        "Random timesteps for training, float32 of shape (batch_size,)."
+        "Random timesteps for training, stratified over the batch, float32 of shape (batch_size,)."
 
     def previous_timestep(self, timestep) -> float:
         "The next smaller entry of `timesteps`, found by position; after the last, the clean end."

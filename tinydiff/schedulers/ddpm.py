@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 import torch
 from torch import Tensor
-from .base import Configurable, Scheduler, check_option, random_like
+from .base import Configurable, Scheduler, check_option, stratified
 
 # %% ../../nbs/04_ddpm.ipynb #4ff84fb7
 def make_betas(
@@ -154,8 +154,8 @@ class DDPMPath(DDPMConfig, Scheduler):
         self.timesteps = times.to(device)
 
     def sample_timesteps(self, batch_size: int, device=None, generator=None) -> Tensor:
-        "Uniform over the T training timesteps, float32 of shape (batch_size,)."
-        u = random_like(torch.rand, (batch_size,), device, generator)
+        "Uniform over the T training timesteps, stratified over the batch, float32 of shape (batch_size,)."
+        u = stratified(batch_size, device, generator)
         return (u * self.num_train_timesteps).floor().clamp(max=self.num_train_timesteps - 1)
 
 # %% ../../nbs/04_ddpm.ipynb #8068aa77

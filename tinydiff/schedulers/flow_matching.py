@@ -10,7 +10,7 @@ __all__ = ['CLASS_NAMES', 'DIFFUSERS_ONLY', 'SCHEDULERS', 'shift_sigma', 'from_d
 from dataclasses import dataclass
 import torch
 from torch import Tensor
-from .base import Configurable, Scheduler, SchedulerOutput, check_option, random_like
+from .base import Configurable, Scheduler, SchedulerOutput, check_option, stratified
 from .ddpm import DDPMScheduler
 
 # %% ../../nbs/05_flow_matching.ipynb #3feaa58d
@@ -87,9 +87,9 @@ class FlowMatchingScheduler(FlowMatchingConfig, Scheduler):
         self.timesteps, self._half_step = times.to(device), None
 
     def sample_timesteps(self, batch_size: int, device=None, generator=None) -> Tensor:
-        "Random sigma, uniform or logit-normal (Esser et al. 2024, eq. 19), shifted, as float32 timesteps (batch_size,)."
-        if self.weighting_scheme == "uniform": sigma = random_like(torch.rand, (batch_size,), device, generator)
-        else: sigma = (self.logit_mean + self.logit_std * random_like(torch.randn, (batch_size,), device, generator)).sigmoid()
+        "Random sigma, uniform or logit-normal (Esser et al. 2024, eq. 19), stratified over the batch, shifted, as float32 timesteps (batch_size,)."
+        sigma = stratified(batch_size, device, generator)
+        if self.weighting_scheme == "logit_normal": sigma = (self.logit_mean + self.logit_std * torch.special.ndtri(sigma)).sigmoid()
         return shift_sigma(sigma, self.shift) * self.num_train_timesteps
 
     def step(self, model_output: Tensor, timestep, sample: Tensor, generator=None) -> SchedulerOutput:
