@@ -1,8 +1,8 @@
 """Two processes against one: `python tests/two_processes.py`.
 
 The same small run with AdamW by one process, and by two that `torchrun` starts and that share its batches: the losses of 100 steps must agree
-to 1e-6 in stages clip and diffusion and to 1e-4 in stage vae, where rounding grows: one process differs as much from itself when it adds with two
-threads instead of one, which is measured beside it. Then one of two processes is killed in the middle: the other must say so in one line; and one
+to 1e-6. (The VAE learns with 5e-4: with the preset's 2e-3 rounding grows to 1e-5 and more. How much it grows where one process adds with two threads
+instead of one is measured beside it.) Then one of two processes is killed in the middle: the other must say so in one line; and one
 process must be able to go on where the two stopped, with the same losses.
 """
 import argparse
@@ -24,7 +24,7 @@ from tinydiff.train import Guard, TrainConfig, read_config, read_metrics, train
 
 def configuration(folder: Path, stage: str, name: str, steps: int) -> TrainConfig:
     parts = dict(vae=str(folder / "parts"), text_encoder=str(folder / "parts")) if stage == "diffusion" else {}
-    return TrainConfig(**QUICK | dict(stage=stage, optimizer="adamw", out=str(folder / f"{stage}-{name}"), steps=steps, vae_steps=steps, clip_steps=steps, batch_size=6, vae_batch_size=6, clip_batch_size=6, flip=True,
+    return TrainConfig(**QUICK | dict(stage=stage, optimizer="adamw", vae_lr=5e-4, out=str(folder / f"{stage}-{name}"), steps=steps, vae_steps=steps, clip_steps=steps, batch_size=6, vae_batch_size=6, clip_batch_size=6, flip=True,
                                       checkpoint_every=10, sample_every=1000) | parts)
 
 
@@ -78,7 +78,7 @@ def report(folder: Path, steps: int) -> bool:
     for stage in ("vae", "clip", "diffusion"):
         one, two = (losses(folder / f"{stage}-{name}") for name in ("one", "two"))
         difference, moved = largest(one, two), one[0] - one[-1]
-        good &= difference <= {"vae": 1e-4}.get(stage, 1e-6) and len(two) == steps
+        good &= difference <= 1e-6 and len(two) == steps
         print(f"{stage:9}: {steps} steps by one process and by two, losses from {one[0]:.4f} to {one[-1]:.4f}; largest difference {difference:.1e}; "
               f"{len(two)} records, one process wrote", flush=True)
     difference = largest(losses(folder / "vae-one"), losses(folder / "vae-threads"))
