@@ -24,8 +24,8 @@ from tinydiff.train import Guard, TrainConfig, read_config, read_metrics, train
 
 def configuration(folder: Path, stage: str, name: str, steps: int) -> TrainConfig:
     parts = dict(vae=str(folder / "parts"), text_encoder=str(folder / "parts")) if stage == "diffusion" else {}
-    return TrainConfig(**QUICK | dict(stage=stage, optimizer="adamw", vae_lr=5e-4, out=str(folder / f"{stage}-{name}"), steps=steps, vae_steps=steps, clip_steps=steps, batch_size=6, vae_batch_size=6, clip_batch_size=6, flip=True,
-                                      checkpoint_every=10, sample_every=1000) | parts)
+    return TrainConfig(**QUICK | dict(stage=stage, optimizer="adamw", vae_lr=5e-4, out=str(folder / f"{stage}-{name}"), steps=steps, vae_steps=steps, clip_steps=steps, batch_size=6,
+                                      vae_batch_size=6, clip_batch_size=6, flip=True, checkpoint_every=10, sample_every=1000) | parts)
 
 
 @one_line_errors
