@@ -22,7 +22,7 @@ PROMPTS = "a red boat at night" "a small cabin in the woods" "a watercolor lands
 	"a watercolor painting of a large red mushroom in the snow"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test app mutations kill-report two-processes lab site readme clean
+.PHONY: help demo test app mutations kill-report two-processes gpu-report lab site readme clean
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/make \1\t\2/p' Makefile | expand -t 20
@@ -56,6 +56,9 @@ kill-report: .venv/.with-dev  ## kill -9 training at random moments, resume, com
 
 two-processes: .venv/.with-dev  ## the same run by one process and by two, their losses side by side
 	$(BIN)/python tests/two_processes.py
+
+gpu-report: .venv/.with-dev  ## training on a GPU beside the CPU: the same losses, no waiting, what each choice saves
+	$(BIN)/python tests/gpu_report.py
 
 lab: .venv/.with-notebooks  ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir nbs

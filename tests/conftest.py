@@ -1,6 +1,7 @@
-"Shared by all tests: offline, one thread a worker, fresh random inputs with a printed seed, a closing count."
+"Shared by all tests: offline, on the CPU (where results are exact), one thread a worker, fresh random inputs with a printed seed, a closing count."
 import os
 
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "agg")

@@ -32,7 +32,7 @@ from .models.vae import AutoencoderKL
 from .sample import check_counts, choose_device, one_line_errors, read_flags
 from .schedulers.flow_matching import make_scheduler
 from .stable_diffusion import rename, save_component, text_to_transformers
-from .train import ARCHITECTURES, Architecture, EveryCaption, Run, TrainConfig, attention_kernel, check_image_size, collate, has_bf16, processor_name, sized
+from .train import ARCHITECTURES, Architecture, EveryCaption, Run, TrainConfig, attention_kernel, check_image_size, collate, has_bf16, processor_name, recorded, sized
 
 # %% ../nbs/16_benchmark.ipynb #ea448567
 def seconds(call: Callable, device: torch.device) -> float:
@@ -328,21 +328,23 @@ def caching_cases(c: BenchmarkConfig, run: Run) -> dict[str, Case]:
     return cases(AutoencoderKL(c.networks.vae), lambda vae: quietly(lambda: kept(posterior(vae, images)), run), c.batch_size, run)
 
 # %% ../nbs/16_benchmark.ipynb #73a22b11
-RUNGS = ("eager float32", "channels_last", "bfloat16", "SDPA", "fused AdamW", "compile", "CUDA graphs")
+RUNGS = ("eager float32", "channels_last", "bfloat16", "SDPA", "fused AdamW", "CUDA graphs", "compile")
 
 
 def why_not(rung: str, c: BenchmarkConfig, device: torch.device) -> str:
     "Why a rung is left out; empty where it is not."
     if rung == "bfloat16" and not has_bf16(device) or rung == "CUDA graphs" and device.type != "cuda": return "not on this device"
-    return ADD_COMPILE if rung in ("compile", "CUDA graphs") and not c.compile else ""
+    return ADD_COMPILE if rung == "compile" and not c.compile else ""
 
 
-def climbed(unet: UNet, loss: Callable, run: Run, rungs: set[str]) -> Callable:
-    "A training step of a copy of the UNet, with these optimizations."
+def climbed(unet: UNet, loss: Callable, run: Run, rungs: set[str], inputs: tuple[Tensor, ...] = ()) -> Callable:
+    "A training step of a copy of the UNet, with these optimizations. `inputs`: of the shapes that CUDA graphs are recorded for."
     model = copy.deepcopy(unet).to(memory_format=torch.channels_last if "channels_last" in rungs else torch.contiguous_format)
+    run = dataclasses.replace(run, bf16="bfloat16" in rungs)
     if "compile" in rungs: model = torch.compile(model, mode="reduce-overhead" if "CUDA graphs" in rungs else None)
+    elif "CUDA graphs" in rungs: model = recorded(model, inputs, run)
     kernel = nullcontext if "SDPA" in rungs else lambda run: sdpa_kernel(SDPBackend.MATH)
-    return training(model, loss, dataclasses.replace(run, bf16="bfloat16" in rungs), kernel, fused="fused AdamW" in rungs or None)
+    return training(model, loss, run, kernel, fused="fused AdamW" in rungs or None)
 
 
 def ladder_cases(c: BenchmarkConfig, run: Run) -> dict[str, Case | str]:
@@ -352,7 +354,7 @@ def ladder_cases(c: BenchmarkConfig, run: Run) -> dict[str, Case | str]:
     for rung in RUNGS:
         reason = why_not(rung, c, run.device)
         if not reason: rungs.add(rung)
-        found[rung] = reason or Case(climbed(unet, loss, run, rungs), c.batch_size, "bfloat16" in rungs, work)
+        found[rung] = reason or Case(climbed(unet, loss, run, rungs, unet_inputs(c, run.device)), c.batch_size, "bfloat16" in rungs, work)
     return found
 
 # %% ../nbs/16_benchmark.ipynb #66877bda

@@ -11,11 +11,12 @@ __all__ = ['RANGES', 'PRESETS', 'ARCHITECTURES', 'CHECKPOINT', 'PACKAGES', 'seed
            'read_checkpoint', 'load_checkpoint', 'read_metrics', 'forget_after', 'smooth', 'plot_metrics', 'Run', 'Log',
            'EveryCaption', 'collate', 'ignore_signals', 'PixelStage', 'VAEStage', 'scaling_factor', 'captions_of',
            'CLIPStage', 'Parts', 'load_parts', 'make_unet', 'needed_items', 'encode_dataset', 'fingerprint',
-           'read_cache', 'cached_latents', 'EncodedData', 'draw_by_time', 'Denoiser', 'DiffusionStage',
-           'attention_kernel', 'stop_signals', 'blame', 'Guard', 'backward', 'parallel', 'Progress', 'leave', 'finish',
-           'fit', 'has_bf16', 'join_processes', 'keep_freed_memory', 'check_shares', 'check_image_size', 'check_out',
-           'processor_name', 'data_fingerprint', 'git_commit', 'describe_run', 'with_earlier', 'open_run',
-           'with_folder', 'open_dataset', 'explained', 'train', 'stored_config', 'read_config', 'main']
+           'read_cache', 'cached_latents', 'EncodedData', 'draw_by_time', 'Denoiser', 'OneAhead', 'DiffusionStage',
+           'attention_kernel', 'stop_signals', 'blame', 'Guard', 'backward', 'recorded', 'parallel', 'Progress',
+           'leave', 'finish', 'fit', 'has_bf16', 'join_processes', 'keep_freed_memory', 'check_shares',
+           'check_image_size', 'check_out', 'processor_name', 'data_fingerprint', 'git_commit', 'describe_run',
+           'with_earlier', 'open_run', 'with_folder', 'open_dataset', 'explained', 'train', 'stored_config',
+           'read_config', 'main']
 
 # %% ../nbs/11_train.ipynb #b8522702
 import argparse
@@ -36,6 +37,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -87,8 +89,9 @@ def permutation(n: int, seed: int, epoch: int) -> Tensor:
 # %% ../nbs/11_train.ipynb #5e1d2b1f
 def batch_indices(n: int, batch_size: int, seed: int, step: int) -> list[int]:
     "Which of n items are in a step's batch: epoch after epoch, each in an order of its own, a function of (seed, step)."
-    positions = range(step * batch_size, (step + 1) * batch_size)
-    return [int(permutation(n, seed, p // n)[p % n]) for p in positions]
+    positions = torch.arange(step * batch_size, (step + 1) * batch_size)
+    epochs = positions // n
+    return torch.cat([permutation(n, seed, e)[positions[epochs == e] % n] for e in epochs.unique().tolist()]).tolist()
 
 # %% ../nbs/11_train.ipynb #53aa7b6f
 class StepSampler(Sampler):
@@ -204,6 +207,7 @@ class MachineOptions:
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the device computes in it
     tf32: bool = True  # on GPUs, what is left in float32 is multiplied with 10 bits of precision; False: with 23
     compile: bool = False  # torch.compile
+    cuda_graphs: bool = False  # stage diffusion on one NVIDIA GPU: record a step's kernels once, then launch them together
     checkpoint_every: int = 500
     keep: int = 2  # newest checkpoints that stay
     sample_every: int = 500
@@ -259,6 +263,8 @@ class TrainConfig(MachineOptions, OptimizerOptions, TaskOptions, ModelOptions, D
             raise ValueError("--prediction_type and --snr_gamma are for --scheduler ddpm; flow matching always predicts noise minus picture")
         if self.stage != "diffusion" and (self.vae, self.text_encoder, self.unet) != ("tiny", "tiny", None):
             raise ValueError(f"--vae, --text_encoder and --unet are for --stage diffusion; --stage {self.stage} trains from nothing")
+        if self.cuda_graphs and (self.compile or self.grad_checkpoint):
+            raise ValueError("--cuda_graphs goes neither with --compile nor with --grad_checkpoint")
 
 # %% ../nbs/11_train.ipynb #c3ab08a2
 def config_from_dict(values: dict) -> TrainConfig:
@@ -799,6 +805,19 @@ class Denoiser(nn.Module):
         return self.unet(sample, timesteps, self.text_encoder(ids))
 
 # %% ../nbs/11_train.ipynb #4c72eab6
+class OneAhead:
+    "`make(step)`; and while the caller uses it, the next step's is made in another thread."
+
+    def __init__(self, make):
+        self.make, self.thread, self.coming = make, ThreadPoolExecutor(1), {}
+
+    def __call__(self, step: int):
+        made = self.coming.pop(step, None)
+        made = made.result() if made else self.make(step)
+        self.coming = {step + 1: self.thread.submit(self.make, step + 1)}
+        return made
+
+
 class DiffusionStage:
     "Stage 3: noisy latents, a timestep and a caption; the UNet answers with the scheduler's target."
     name, output = "diffusion", "unet"
@@ -813,17 +832,25 @@ class DiffusionStage:
         self.model = Denoiser(parts.unet or make_unet(arch.unet, parts, c.image_size), parts.text_encoder.requires_grad_(c.train_text_encoder))
         self.model.unet.gradient_checkpointing = c.grad_checkpoint
         self.data = EncodedData(run, dataset, parts)
+        self.batch = OneAhead(self.draw) if run.device.type == "cuda" else self.draw
         self.prompts = captions_of(dataset, list(range(min(16, len(dataset)))))
         self.by_time = torch.zeros(2, 20, device=run.device)  # sum of errors, and their number, for twenty ranges of timesteps
 
     def start(self, step: int):
         "Nothing to prepare: the latents are in memory."
 
-    def batch(self, step: int) -> tuple[Tensor, ...]:
+    def draw(self, step: int) -> tuple[Tensor, ...]:
+        "A step's latents, noise, timesteps and tokens."
         latents = self.data.latents(step)
         noise = self.run.noise("noise", step, (self.batch_size, *latents.shape[1:]))
         t = self.scheduler.sample_timesteps(self.batch_size, generator=generator_at(self.run.config.seed, "time", step))
         return latents, noise, self.run.send(self.run.mine(t)), self.data.ids(step)
+
+    def inputs(self) -> tuple[Tensor, ...]:
+        "What the model is called with: noisy latents, timesteps and tokens of these shapes."
+        n, latents, ids = self.batch_size // self.parts, self.data.cached["moments"].shape[3:], self.data.cached["ids"].shape[1]
+        sample = torch.zeros(n, self.vae.config.latent_channels, *latents, device=self.run.device)
+        return sample, torch.zeros(n, device=self.run.device), torch.zeros(n, ids, dtype=torch.long, device=self.run.device)
 
     def loss(self, model: nn.Module, latents: Tensor, noise: Tensor, t: Tensor, ids: Tensor) -> tuple[Tensor, dict]:
         prediction = model(self.scheduler.add_noise(latents, noise, t), t, ids)
@@ -910,10 +937,18 @@ def backward(stage, model: nn.Module, step: int, run: Run) -> tuple[Tensor, dict
     return total, numbers
 
 # %% ../nbs/11_train.ipynb #260ebf6f
-def parallel(model: nn.Module, run: Run) -> nn.Module:
-    "The model as the loop calls it: compiled if asked, its gradients averaged over processes if there are several."
+def recorded(model: nn.Module, inputs: tuple[Tensor, ...], run: Run) -> nn.Module:
+    "The model with its forward and backward pass as two CUDA graphs, for inputs of these shapes."
+    with torch.autocast("cuda", torch.bfloat16, enabled=run.bf16, cache_enabled=False):
+        return torch.cuda.make_graphed_callables(copy.copy(model), inputs, allow_unused_input=True)  # only the copy's forward changes
+
+
+def parallel(stage, model: nn.Module, run: Run) -> nn.Module:
+    "The model as the loop calls it: compiled or recorded if asked, its gradients averaged over processes if there are several."
     if run.config.compile:
         model = torch.compile(model)
+    if run.config.cuda_graphs and stage.name == "diffusion":
+        model = recorded(model, stage.inputs(), run)
     if run.world > 1:
         model = nn.parallel.DistributedDataParallel(model, device_ids=[run.device.index] if run.device.type == "cuda" else None)
     return model
@@ -968,7 +1003,7 @@ def fit(stage, run: Run):
     first = load_checkpoint(checkpoints, model, ema, optimizer)
     if run.rank == 0:
         forget_after(run.folder, stage.name, first)
-    forward, progress = parallel(model, run), Progress(stage, run, first)
+    forward, progress = parallel(stage, model, run), Progress(stage, run, first)
     if first < stage.steps:
         stage.start(first)
     guard = Guard(optimizer, run)
@@ -1034,6 +1069,8 @@ def keep_freed_memory():
 # %% ../nbs/11_train.ipynb #5e6493a0
 def check_shares(config: TrainConfig, world: int):
     "ValueError where a batch cannot be shared evenly by processes and parts."
+    if config.cuda_graphs and (world > 1 or not torch.cuda.is_available()):
+        raise ValueError("--cuda_graphs needs an NVIDIA GPU, and one process")
     for name, parts in (("batch_size", config.grad_accum), ("vae_batch_size", config.grad_accum), ("clip_batch_size", 1)):
         if getattr(config, name) % (world * parts):
             raise ValueError(f"--{name} {getattr(config, name)} cannot be shared evenly by {world} process{'es' * (world > 1)} times {parts} "

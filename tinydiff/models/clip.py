@@ -42,12 +42,11 @@ def byte_pair_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) ->
 def train_merges(captions: Iterable[str], vocab_size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
     "Vocabulary and merges in CLIP's order: 256 bytes, the same at a word's end, one entry a merge, start, end."
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    base = letters + [letter + "</w>" for letter in letters]
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 2, initial_alphabet=letters, end_of_word_suffix="</w>", show_progress=False)
+    base = letters + [letter + "</w>" for letter in letters]  # of equally frequent pairs, the one that is first here is merged first
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 2, special_tokens=base, end_of_word_suffix="</w>", show_progress=False)
     tokenizer = byte_pair_tokenizer({}, [])
     tokenizer.train_from_iterator(captions, trainer)
     merges = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
-    merges = merges[: max(vocab_size - len(base) - 2, 0)]
     tokens = base + ["".join(pair) for pair in merges] + [START, END]
     return {token: i for i, token in enumerate(dict.fromkeys(tokens))}, merges
 
