@@ -456,6 +456,53 @@ def test_nothing_is_updated_after_a_bad_step(rng):
     assert same == [False, True, True] and guard.first_bad == 2
 
 
+def test_muon_does_not_look_whether_the_step_was_good(rng):
+    "Weights stay where `found_inf` is 1, and the only numbers that are fetched are counters, which lie on the CPU."
+    net, fetched = nn.Linear(3, 3), []
+
+    class Spy(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten._local_scalar_dense.default:
+                fetched.append(args[0].item())
+            return function(*args, **(kwargs or {}))
+
+    optimizer, before = tinydiff.train.Muon(net, lr=0.1), [p.clone() for p in net.parameters()]
+    for step, (bad, factor) in enumerate([(0.0, 1.0), (1.0, math.nan), (1.0, 1.0)]):
+        (net(torch.randn(2, 3, generator=rng)).square().mean() * factor).backward()
+        optimizer.found_inf = torch.tensor(bad)
+        with Spy():
+            optimizer.step()
+        assert fetched == [1.0, 2.0, 3.0][: step + 1]  # the bias's counter
+        if step == 0:
+            assert not any(torch.equal(p, q) for p, q in zip(net.parameters(), before))
+            before = [p.clone() for p in net.parameters()]
+        assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before))
+        optimizer.zero_grad()
+
+
+def test_cuda_graphs_are_recorded_for_what_the_loop_calls(base, tmp_path, monkeypatch):
+    "Inputs of the loop's shapes, types and layout; the model that everybody else calls keeps its own forward pass."
+    seen, called = [], []
+
+    def record(model, inputs, allow_unused_input):
+        seen.append([(x.shape, x.dtype) for x in inputs])
+        own = model.forward
+
+        def forward(*args):
+            called.append([(x.shape, x.dtype) for x in args])
+            return own(*args)
+
+        model.forward = forward
+        return model
+
+    monkeypatch.setattr(tinydiff.train, "join_processes", lambda config: (torch.device("cpu"), 0, 1))  # as if it were a GPU
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
+    plain = train(on(base, grad_accum=5, out=str(tmp_path / "plain")))
+    graphs = train(on(base, grad_accum=5, cuda_graphs=True, out=str(tmp_path / "graphs")))
+    assert len(seen) == 1 and called == seen * 10  # two steps of five parts; not the pictures
+    assert not differences(plain, graphs, "diffusion")
+
+
 def test_the_loop_does_not_wait_for_the_device(base, tmp_path, monkeypatch):
     "Numbers are fetched from the device at the steps that print, look or save, and at no other."
     fetched, step = [], [0]
@@ -507,6 +554,8 @@ BAD = {
     "flow has no prediction type": (["--prediction_type", "x0"], "--scheduler ddpm"),
     "parts": (["--grad_accum", "7"], "multiple of 7"),
     "device": (["--device", "gpu"], "no device 'gpu'"),
+    "graphs without a GPU": (["--cuda_graphs"], "--cuda_graphs needs an NVIDIA GPU"),
+    "graphs and compile": (["--cuda_graphs", "--compile"], "--cuda_graphs goes neither with --compile"),
     "no VAE": (["--vae", "/nowhere"], "/nowhere"),
     "not a checkpoint": (["--vae", "EMPTY"], "config.json is missing"),
     "half a checkpoint": (["--text_encoder", "HALF"], "tokenizer"),

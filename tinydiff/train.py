@@ -804,7 +804,7 @@ class Denoiser(nn.Module):
         "Noisy latents (batch, channels, height, width), timesteps (batch,), tokens (batch, length) -> the shape of `sample`."
         return self.unet(sample, timesteps, self.text_encoder(ids))
 
-# %% ../nbs/11_train.ipynb #4c72eab6
+# %% ../nbs/11_train.ipynb #8e69d7d4
 class OneAhead:
     "`make(step)`; and while the caller uses it, the next step's is made in another thread."
 
@@ -817,7 +817,7 @@ class OneAhead:
         self.coming = {step + 1: self.thread.submit(self.make, step + 1)}
         return made
 
-
+# %% ../nbs/11_train.ipynb #4c72eab6
 class DiffusionStage:
     "Stage 3: noisy latents, a timestep and a caption; the UNet answers with the scheduler's target."
     name, output = "diffusion", "unet"
@@ -1046,6 +1046,8 @@ def has_bf16(device: torch.device) -> bool:
 def join_processes(config: TrainConfig) -> tuple[torch.device, int, int]:
     "Find the device; with `torchrun`, meet the other processes. Returns device, rank and number of processes."
     device, rank, world = choose_device(config.device), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if config.cuda_graphs and (device.type != "cuda" or world > 1):
+        raise ValueError("--cuda_graphs needs an NVIDIA GPU, and one process")
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
     if world > 1:
@@ -1069,8 +1071,6 @@ def keep_freed_memory():
 # %% ../nbs/11_train.ipynb #5e6493a0
 def check_shares(config: TrainConfig, world: int):
     "ValueError where a batch cannot be shared evenly by processes and parts."
-    if config.cuda_graphs and (world > 1 or not torch.cuda.is_available()):
-        raise ValueError("--cuda_graphs needs an NVIDIA GPU, and one process")
     for name, parts in (("batch_size", config.grad_accum), ("vae_batch_size", config.grad_accum), ("clip_batch_size", 1)):
         if getattr(config, name) % (world * parts):
             raise ValueError(f"--{name} {getattr(config, name)} cannot be shared evenly by {world} process{'es' * (world > 1)} times {parts} "
