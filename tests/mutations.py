@@ -105,6 +105,13 @@ MUTATIONS = [
     bug("temperature without exp", "models/clip.py", "self.logit_scale.clamp(max=math.log(100)).exp()", "self.logit_scale.clamp(max=math.log(100))", M + "temperature_is_exponentiated_and_clamped"),
     bug("temperature unclamped", "models/clip.py", "self.logit_scale.clamp(max=math.log(100)).exp()", "self.logit_scale.exp()", M + "temperature_is_exponentiated_and_clamped"),
     bug("special tokens in capitals", "models/clip.py", "pre_tokenizers.ByteLevel(add_prefix_space=False)]", "pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]", F + "tokenizer_equals_transformers"),
+    bug("another tokenizer after resuming", "models/clip.py", "special_tokens=base", "initial_alphabet=letters", M + "equal_captions_give_equal_merges"),
+    # --- GPUs
+    bug("avg_pool2d that pads", "models/vae.py", "F.avg_pool2d(padded, 2, stride=1, divisor_override=1)", "F.avg_pool2d(self.conv.weight, 2, stride=1, padding=1, divisor_override=1)",
+        M + "upsampling_pads_its_weights_by_hand"),
+    bug("waiting for the GPU in every step", "muon.py", "        for group in self.param_groups:\n            weights", "        if stop: return\n        for group in self.param_groups:\n            weights",
+        T + "muon_does_not_look_whether_the_step_was_good"),
+    bug("a recorded model where a picture is drawn", "train.py", "copy.copy(model), inputs", "model, inputs", T + "cuda_graphs_are_recorded_for_what_the_loop_calls"),
     # --- configurations
     bug("a key silently ignored", BASE, "unknown = [k for k in config if k not in known]", "config, unknown = {k: v for k, v in config.items() if k in known}, []", S + "refusals"),
     bug("a key silently ignored", "train.py", "    for key in values:\n", "    values = {k: v for k, v in values.items() if k in known}\n    for key in values:\n", T + "stored_configuration_is_checked"),

@@ -832,25 +832,18 @@ class DiffusionStage:
         self.model = Denoiser(parts.unet or make_unet(arch.unet, parts, c.image_size), parts.text_encoder.requires_grad_(c.train_text_encoder))
         self.model.unet.gradient_checkpointing = c.grad_checkpoint
         self.data = EncodedData(run, dataset, parts)
-        self.batch = OneAhead(self.draw) if run.device.type == "cuda" else self.draw
         self.prompts = captions_of(dataset, list(range(min(16, len(dataset)))))
         self.by_time = torch.zeros(2, 20, device=run.device)  # sum of errors, and their number, for twenty ranges of timesteps
 
     def start(self, step: int):
-        "Nothing to prepare: the latents are in memory."
+        "Nothing to read: the latents are in memory. A GPU gets its batches from another thread."
+        if self.run.device.type == "cuda": self.batch = OneAhead(functools.partial(DiffusionStage.batch, self))
 
-    def draw(self, step: int) -> tuple[Tensor, ...]:
-        "A step's latents, noise, timesteps and tokens."
+    def batch(self, step: int) -> tuple[Tensor, ...]:
         latents = self.data.latents(step)
         noise = self.run.noise("noise", step, (self.batch_size, *latents.shape[1:]))
         t = self.scheduler.sample_timesteps(self.batch_size, generator=generator_at(self.run.config.seed, "time", step))
         return latents, noise, self.run.send(self.run.mine(t)), self.data.ids(step)
-
-    def inputs(self) -> tuple[Tensor, ...]:
-        "What the model is called with: noisy latents, timesteps and tokens of these shapes."
-        n, latents, ids = self.batch_size // self.parts, self.data.cached["moments"].shape[3:], self.data.cached["ids"].shape[1]
-        sample = torch.zeros(n, self.vae.config.latent_channels, *latents, device=self.run.device)
-        return sample, torch.zeros(n, device=self.run.device), torch.zeros(n, ids, dtype=torch.long, device=self.run.device)
 
     def loss(self, model: nn.Module, latents: Tensor, noise: Tensor, t: Tensor, ids: Tensor) -> tuple[Tensor, dict]:
         prediction = model(self.scheduler.add_noise(latents, noise, t), t, ids)
@@ -948,7 +941,8 @@ def parallel(stage, model: nn.Module, run: Run) -> nn.Module:
     if run.config.compile:
         model = torch.compile(model)
     if run.config.cuda_graphs and stage.name == "diffusion":
-        model = recorded(model, stage.inputs(), run)
+        latents, _, *others = stage.batch(0)
+        model = recorded(model, tuple(tensor[:: stage.parts] for tensor in (latents, *others)), run)
     if run.world > 1:
         model = nn.parallel.DistributedDataParallel(model, device_ids=[run.device.index] if run.device.type == "cuda" else None)
     return model
