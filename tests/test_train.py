@@ -482,24 +482,26 @@ def test_muon_does_not_look_whether_the_step_was_good(rng):
 
 def test_cuda_graphs_are_recorded_for_what_the_loop_calls(base, tmp_path, monkeypatch):
     "Inputs of the loop's shapes, types and layout; the model that everybody else calls keeps its own forward pass."
-    seen, called = [], []
+    seen, called, own, parallel = [], [], [], tinydiff.train.parallel
 
     def record(model, inputs, allow_unused_input):
         seen.append([(x.shape, x.dtype) for x in inputs])
-        own = model.forward
+        plain = model.forward
 
         def forward(*args):
             called.append([(x.shape, x.dtype) for x in args])
-            return own(*args)
+            return plain(*args)
 
         model.forward = forward
         return model
 
+    monkeypatch.setattr(tinydiff.train, "parallel", lambda stage, model, run: own.append(model) or parallel(stage, model, run))
     monkeypatch.setattr(tinydiff.train, "join_processes", lambda config: (torch.device("cpu"), 0, 1))  # as if it were a GPU
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
     plain = train(on(base, grad_accum=5, out=str(tmp_path / "plain")))
     graphs = train(on(base, grad_accum=5, cuda_graphs=True, out=str(tmp_path / "graphs")))
     assert len(seen) == 1 and called == seen * 10  # two steps of five parts; not the pictures
+    assert not any("forward" in vars(model) for model in own)
     assert not differences(plain, graphs, "diffusion")
 
 
