@@ -158,6 +158,37 @@ def test_mistakes(arguments, message):
     assert "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize("file, text, message", [
+    ("metadata.csv", "file_name,text\n0.png,a boat, at night\n", "metadata.csv: line 2 has more fields"),
+    ("metadata.csv", "file_name,text\n0.png,a boat\n0.png,a car, red\n", "metadata.csv: line 3 has more fields"),
+    ("metadata.jsonl", '{"file_name": "0.png", "text": "a boat"}\n\n{"file_name": "0.p', "metadata.jsonl: line 3 is not a JSON object"),
+    ("metadata.jsonl", "7\n", "metadata.jsonl: line 1 is not a JSON object"),
+    ("0.txt", "ein Baum im Schnee, gr\xfcn", "0.txt is not UTF-8"),
+])
+def test_captions_that_cannot_be_read(tmp_path, rng, file, text, message):
+    "One line that says where."
+    noise(rng).save(tmp_path / "0.png")
+    (tmp_path / file).write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=message) as e: load_captioned_images(str(tmp_path), image_size=8)
+    assert "\n" not in str(e.value)
+
+
+def test_odd_file_names(tmp_path, rng):
+    "A number, and a picture that lies elsewhere."
+    (tmp_path / "data").mkdir()
+    noise(rng).save(tmp_path / "data/7", format="png"); noise(rng).save(tmp_path / "there.png")
+    rows = [{"file_name": 7, "text": "seven"}, {"file_name": str(tmp_path / "there.png"), "text": "there"}]
+    (tmp_path / "data/metadata.jsonl").write_text("\ufeff" + "".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    assert [item["caption"] for item in load_captioned_images(str(tmp_path / "data"), image_size=8)] == ["seven", "there"]
+
+
+def test_tables_with_different_columns(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    for name in ("caption", "label"): datasets.Dataset.from_dict({"image": ["a"], name: ["b"]}).to_parquet(tmp_path / f"train-{name}.parquet")
+    with pytest.raises(ValueError, match="^cannot load .*column") as e: data.open_repo(str(tmp_path), "train", cache_dir=str(tmp_path / "cache"))
+    assert "\n" not in str(e.value)
+
+
 def test_folder_that_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such folder"): load_captioned_images("./not/here")
     with pytest.raises(FileNotFoundError, match="no captioned images; needed: metadata.csv"): load_captioned_images(str(tmp_path))

@@ -238,6 +238,13 @@ def test_pictures_do_not_depend_on_their_company(pipe):
         assert np.abs(np.asarray(alone, int) - np.asarray(picture, int)).max() <= 1
 
 
+def test_mistakes_come_before_the_first_picture(monkeypatch, tmp_path):
+    monkeypatch.setattr(ev, "run_exam", lambda *args: pytest.fail("a picture was drawn"))
+    with pytest.raises(ValueError, match="2000"):
+        ev.run_exams(ev.EvalConfig(scheduler=("ddpm",), steps=(25, 2000), out=str(tmp_path / "exam")))
+    assert not (tmp_path / "exam").exists()
+
+
 def test_every_picture_has_its_own_seed():
     seeds = [ev.first_seed(q) for q in ev.exam()]
     assert seeds == list(range(0, 65000, 100))

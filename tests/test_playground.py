@@ -13,9 +13,9 @@ from PIL import Image
 from tinydiff import scenes
 from tinydiff.playground import (
     CHECKPOINTS, AppConfig, Models, Playground, Worker, advance, between, last, last_part, new_run, pictures_html, prompt_words, repaint,
-    picture_latents, same_seed, show_step, show_word, slerp, voila_arguments, watch_attention, word_map,
+    picture_latents, same_seed, show_step, show_word, side_by_side, slerp, voila_arguments, watch_attention, word_map,
 )
-from tinydiff.sample import SampleConfig, read_settings, started
+from tinydiff.sample import SampleConfig, SampleState, picture_generators, read_settings, start_noise, started
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +45,26 @@ def test_repaint_keeps_what_is_not_marked(models, scheduler, rng, seed):
     clean = picture_latents(pipe, image)
     assert torch.equal(end.latents[..., ~mask], clean[..., ~mask])
     assert (end.latents - clean)[..., mask].abs().mean() > 0.1
+
+
+@pytest.mark.parametrize("scheduler", CHECKPOINTS)
+def test_repaint_shows_the_model_one_noise_level(models, scheduler, rng, seed):
+    "At every call the part that is kept is as noisy as the timestep says."
+    pipe, image, calls = models(scheduler), scenes.render(scenes.parse("a red boat in a meadow"), 64, seed % 100), []
+    mask = torch.rand(16, 16, generator=rng) < 0.5
+    hook = pipe.unet.register_forward_pre_hook(lambda unet, inputs: calls.append((inputs[0][:1].clone(), inputs[1])))
+    try: list(repaint(pipe, asked(scheduler=scheduler, seed=seed, steps=4), image, 1.0, mask))
+    finally: hook.remove()
+    clean, noise = picture_latents(pipe, image), start_noise((4, 16, 16), picture_generators(seed, 1, 1))
+    for latents, t in calls:
+        torch.testing.assert_close(latents[..., ~mask], pipe.scheduler.add_noise(clean, noise, t)[..., ~mask])
+
+
+def test_walks_have_their_own_decoders():
+    "Of two models each has its own autoencoder."
+    def walk(value): yield SampleState(1, 0.0, torch.zeros(1), torch.full((1,), value))
+    decoders = {"a": lambda latents: [10 * latents.item()], "b": lambda latents: [100 * latents.item()]}
+    assert last(side_by_side({"a": walk(1.0), "b": walk(2.0)}, decoders)) == ([10.0, 200.0], ["a", "b"])
 
 
 @pytest.mark.parametrize("scheduler", CHECKPOINTS)
@@ -187,8 +207,24 @@ def test_page(models):
     page.controls.restore(asked("something else", seed=1, checkpoint="tiny"))
     page.history.children[1].children[0].click()
     assert (page.controls.prompt.value, page.controls.seed.value, page.controls.lock.value) == ("<i>two</i> orange fish", 6, True)
+    assert page.inside.repaint.image.tobytes() == Image.open(BytesIO(files[1])).tobytes(), "the picture that was clicked"
     page.inside.words.word.index = 1
     assert "orange, step 3" in page.inside.words.frame.value
+
+
+def test_files_are_opened_as_everywhere():
+    "Turned as the camera says, transparent becomes white, and what is no picture gets a line."
+    page, file = Playground(), BytesIO()
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.new("RGB", (40, 20), "red").save(file, format="jpeg", exif=turned)
+    page.inside.repaint.open_file(file.getvalue())
+    assert page.inside.repaint.image.size == (20, 40)
+    Image.new("RGBA", (40, 20), (0, 0, 0, 0)).save(file := BytesIO(), format="png")
+    page.inside.repaint.open_file(file.getvalue())
+    assert page.inside.repaint.image.getpixel((3, 3)) == (255, 255, 255)
+    page.inside.repaint.open_file(b"no picture")
+    assert "not a picture that can be opened" in page.inside.repaint.frame.value
 
 
 def test_seed_rolls_unless_locked(models):

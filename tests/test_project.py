@@ -89,6 +89,19 @@ def test_notebook_opens_in_colab(path):
     assert any('"google.colab" in sys.modules' in cell.source for cell in cells if cell.cell_type == "code")
 
 
+@each_lesson
+def test_notebook_ends_with_exercises(path):
+    "Numbered from 1, each with a check; and a solution that the notebook runs against the check."
+    cells = nbformat.read(path, as_version=4).cells
+    start = next(i for i, cell in enumerate(cells) if re.search(r"^## Exercises$", cell.source, re.M))
+    text = "\n".join(cell.source for cell in cells[start:] if cell.cell_type == "markdown")
+    code = [cell.source for cell in cells[start:] if cell.cell_type == "code"]
+    numbers, checks = re.findall(r"^\*\*(\d+)\. ", text, re.M), re.findall(r"^def (check_\w+)", "\n".join(code), re.M)
+    assert numbers == [str(i + 1) for i in range(len(checks))] and len(checks) >= 2
+    for check in checks:
+        assert any("code-fold" in source and re.search(rf"(assert|test_eq\().*{check}\(", source) for source in code), f"{check}: no solution that must pass it"
+
+
 def test_notebooks_are_clean(tmp_path):
     "`nbdev_clean` finds nothing to do."
     copy_tree(tmp_path)

@@ -106,6 +106,65 @@ def test_all_stages_resume(base, tmp_path, monkeypatch):
         assert all(torch.equal(a[key], b[key]) for key in a)
 
 
+def same_parts(left, right, parts=("vae", "unet", "text_encoder")):
+    "Whether the weights in two runs' folders are equal, bit for bit."
+    pairs = [[load_file(next((folder / part).glob("*.safetensors"))) for folder in (left, right)] for part in parts]
+    return all(a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a) for a, b in pairs)
+
+
+def test_signal_in_the_last_step_of_a_stage(base, tmp_path, monkeypatch, capsys):
+    "It ends the run between two stages, not after all of them."
+    config = TrainConfig(stage="all", out=str(tmp_path / "run"), **QUICK)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        interrupt(patch, QUICK["vae_steps"])
+        train(config)
+    assert stop.value.code == 0 and "after step 2 of 2, stage vae" in capsys.readouterr().err
+    assert (tmp_path / "run/vae").is_dir() and not (tmp_path / "run/checkpoints/clip").exists()
+    assert same_parts(base, train(read_config(["--resume", "--out", config.out])))
+
+
+def test_stages_one_by_one(base, tmp_path):
+    "Each by a command of its own, in one folder, is `--stage all`: the last one builds on what the first two made there."
+    run = train(TrainConfig(stage="vae", out=str(tmp_path / "run"), **QUICK))
+    for stage in ("clip", "diffusion"):
+        train(read_config(["--resume", "--stage", stage, "--out", str(run)]))
+    assert same_parts(base, run)
+
+
+def test_a_finished_run_holds_what_was_trained_together(base, tmp_path):
+    "Resumed on another VAE, it ends with that one."
+    other = train(TrainConfig(**QUICK | dict(stage="vae", seed=5, out=str(tmp_path / "other"))))
+    run = train(on(base, out=str(tmp_path / "run")))
+    assert same_parts(run, base, ("vae",)) and not same_parts(run, other, ("vae",))
+    train(read_config(["--resume", "--vae", str(other), "--steps", "3", "--out", str(run)]))
+    assert same_parts(run, other, ("vae",))
+
+
+@pytest.mark.parametrize("change", ["--arch base", "--image_size 32", "--optimizer adamw", "--no_train_text_encoder"])
+def test_what_a_resumed_run_cannot_change(base, tmp_path, monkeypatch, capsys, change):
+    "One line, and the run can go on as it was."
+    run = tmp_path / "run"
+    shutil.copytree(base, run)
+    status, _, said = run_command(monkeypatch, capsys, tinydiff.train.main, "--resume", "--out", run, *change.split())
+    assert status == 2 and len(said.strip().splitlines()) == 1 and "it cannot go on with" in said
+    assert (run / "run.json").read_bytes() == (base / "run.json").read_bytes()
+    with pytest.raises(ValueError, match="--resume needs --out with the folder of a run"):
+        train(TrainConfig(resume=True, **QUICK | dict(out=str(tmp_path / "typo"))))
+
+
+def test_a_copy_beside_the_checkpoints_is_no_checkpoint(base, tmp_path):
+    run = train(on(base, out=str(tmp_path / "run")))
+    shutil.copytree(run / "checkpoints/diffusion/0000002", run / "checkpoints/diffusion/0000002-good")
+    train(read_config(["--resume", "--steps", "4", "--keep", "1", "--checkpoint_every", "1", "--out", str(run)]))
+    assert sorted(p.name for p in (run / "checkpoints/diffusion").iterdir()) == ["0000002-good", "0000004"]
+
+
+def test_from_a_unet_for_another_size(base, tmp_path):
+    "What was trained at 32 pixels draws at 32 pixels, though its UNet began at 16."
+    pipe = TextToImage.from_pretrained(train(on(base, unet=str(base), image_size=32, steps=1, out=str(tmp_path / "run"))))
+    assert pipe("a boat", num_inference_steps=1)[0].size == (32, 32)
+
+
 def test_ctrl_c(base, tmp_path, monkeypatch, capsys):
     interrupt(monkeypatch, 2, signal.SIGINT)
     status, _, said = run_command(monkeypatch, capsys, tinydiff.train.main, *flags(on(base, steps=5)), "--out", tmp_path / "run")
@@ -259,6 +318,55 @@ def test_out_of_memory(base, tmp_path, monkeypatch, capsys, error, message):
     status, _, said = run_command(monkeypatch, capsys, tinydiff.train.main, *flags(on(base)), "--out", tmp_path / "run")
     said = [line for line in said.splitlines() if line.startswith("error: ")]
     assert status == 2 and len(said) == 1 and re.search(message, said[0])
+
+
+def test_advice_is_the_stage_s(base, tmp_path):
+    "Stage clip needs its batch whole, and only the UNet can compute its activations again."
+    run = Run(on(base), tmp_path, torch.device("cpu"), False)
+    advice = {}
+    for stage in ("vae", "clip", "diffusion"):
+        with pytest.raises(ValueError) as said, tinydiff.train.explained(stage, run):
+            raise torch.OutOfMemoryError
+        advice[stage] = re.findall(r"--(\w+)", str(said.value))
+    assert advice == {"vae": ["vae_batch_size", "grad_accum", "image_size", "resume", "out"], "clip": ["clip_batch_size", "image_size", "resume", "out"],
+                      "diffusion": ["batch_size", "grad_accum", "grad_checkpoint", "image_size", "resume", "out"]}
+
+
+def test_large_pictures_are_encoded_in_smaller_batches(base, tmp_path, monkeypatch):
+    seen, encode = [], tinydiff.train.AutoencoderKL.encode
+    monkeypatch.setattr(tinydiff.train.AutoencoderKL, "encode", lambda vae, images: seen.append(len(images)) or encode(vae, images))
+    for size, most in ((16, 20), (512, 4)):
+        config = on(base, image_size=size, subset_size=20)
+        run, data = Run(config, tmp_path, torch.device("cpu"), False), open_dataset(config)
+        tinydiff.train.encode_dataset(run, data, load_parts(base, base), torch.arange(20))
+        assert max(seen) == most and sum(seen) == 20, size
+        seen.clear()
+
+
+def test_bf16_where_pytorch_was_built_without_onednn(monkeypatch):
+    "As on Apple's processors: no crash, float32."
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.delattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", raising=False)
+    assert tinydiff.train.has_bf16(torch.device("cpu")) is False
+
+
+def test_each_process_takes_its_own_gpu(monkeypatch):
+    "By name, before anything is put on the first one."
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(tinydiff.train, "choose_device", lambda name: asked.append(name) or torch.device("cpu"))
+    for name, value in (("RANK", "3"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "4")): monkeypatch.setenv(name, value)
+    for device in (None, "cuda", "cpu"):
+        assert tinydiff.train.join_processes(TrainConfig(device=device))[1:] == (3, 4)
+    assert asked == ["cuda:1", "cuda:1", "cpu"]
+
+
+def test_only_stages_that_run_must_share_their_batch():
+    for stage, values in (("diffusion", dict(batch_size=30)), ("vae", dict(vae_batch_size=9)), ("clip", dict(clip_batch_size=7))):
+        tinydiff.train.check_shares(TrainConfig(stage=stage, grad_accum=3, **values), 1)
+    with pytest.raises(ValueError, match="--vae_batch_size 8 cannot be shared"):
+        tinydiff.train.check_shares(TrainConfig(stage="all", batch_size=30, grad_accum=3), 1)
 
 
 def test_only_the_newest_checkpoints_stay(base, tmp_path):
@@ -591,7 +699,8 @@ def test_mistakes_cost_one_line(base, tmp_path, monkeypatch, capsys, name):
 
 def test_emoji_of_odd_size(base, tmp_path, monkeypatch, capsys):
     status, _, said = run_command(monkeypatch, capsys, tinydiff.train.main, "--dataset", "emoji", "--image_size", 301, "--stage", "vae", "--out", tmp_path / "run")
-    assert status == 2 and "--image_size must be a multiple of 2" in said and not (tmp_path / "run").exists()
+    assert status == 2 and "--image_size must be a multiple of 4" in said and not (tmp_path / "run").exists()
+    train(TrainConfig(**QUICK | dict(stage="vae", image_size=18, half_size_every=0, out=str(tmp_path / "run"))))  # nothing is halved once more
 
 
 def test_folder_that_cannot_be_written(base, tmp_path, monkeypatch, capsys):
@@ -631,7 +740,7 @@ def test_checkpoint_of_other_networks(base, tmp_path, monkeypatch, capsys):
     wider = dataclasses.replace(SMALL, vae=dataclasses.replace(SMALL.vae, block_out_channels=(8, 24)))
     monkeypatch.setitem(tinydiff.train.ARCHITECTURES, "tiny", wider)
     status, _, said = run_command(monkeypatch, capsys, tinydiff.train.main, "--resume", "--out", tmp_path / "run")
-    assert status == 2 and "is for other networks" in said
+    assert status == 2 and "is for other networks, or another optimizer" in said
 
 
 # --- from data to pictures

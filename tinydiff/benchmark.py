@@ -110,7 +110,7 @@ class BenchmarkConfig:
     repeats: int = 5  # rounds that count
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the device computes in it
     compile: bool = False  # measure what is compiled, too; on a CPU compiling takes minutes
-    device: str | None = None  # None: a GPU where there is one
+    device: str | None = None  # None: an NVIDIA or AMD GPU where there is one
     json: str | None = None  # a file for all numbers
 
     def __post_init__(self):

@@ -7,11 +7,12 @@ __all__ = ['UNREADABLE', 'EMOJI_WORDINGS', 'IMAGE_COLUMNS', 'CAPTION_COLUMNS', '
            'to_rgb', 'show_images', 'image_to_tensor', 'tensor_to_images', 'flatten_captions', 'choose_caption',
            'ImageItems', 'read_file', 'CaptionedImages', 'skipped_report', 'Dealt', 'shuffled', 'dealt',
            'StreamedImages', 'read_scene', 'with_article', 'emoji_captions', 'unknown', 'import_or_say', 'emoji_rows',
-           'choose_columns', 'read_metadata', 'read_sidecars', 'folder_rows', 'HubDataset', 'open_repo', 'read_hub_row',
-           'Grouped', 'hub_rows', 'is_folder', 'find_rows', 'load_captioned_images', 'show_items']
+           'choose_columns', 'parse_rows', 'read_metadata', 'read_sidecars', 'folder_rows', 'HubDataset', 'open_repo',
+           'read_hub_row', 'Grouped', 'hub_rows', 'is_folder', 'find_rows', 'load_captioned_images', 'show_items']
 
 # %% ../nbs/02_data.ipynb #704b8326
 import csv, difflib, importlib, json, os, random, re, struct, warnings, zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -284,13 +285,27 @@ def choose_columns(
     return images[0], captions
 
 # %% ../nbs/02_data.ipynb #efa41cf9
+def parse_rows(path: Path) -> Iterator[dict]:
+    "The rows of a csv or jsonl file; ValueError with the line where one is wrong."
+    with path.open(newline="", encoding="utf-8-sig") as f:
+        if path.suffix == ".csv":
+            for row in (reader := csv.DictReader(f)):
+                if None in row: raise ValueError(f"line {reader.line_num} has more fields than the first has columns; a caption with commas needs quotes")
+                yield row
+        else:
+            for number, line in enumerate(f, 1):
+                try:
+                    if line.strip(): yield dict(json.loads(line))
+                except (ValueError, TypeError): raise ValueError(f"line {number} is not a JSON object") from None
+
+
 def read_metadata(path: Path, image_column: str | None, caption_column: str | None) -> list[tuple[Path, list[str]]]:
     "The picture files and captions that a `metadata.csv` or `metadata.jsonl` lists."
-    with path.open(newline="", encoding="utf-8-sig") as f:
-        rows = list(csv.DictReader(f)) if path.suffix == ".csv" else [json.loads(line) for line in f if line.strip()]
+    try: rows = list(parse_rows(path))
+    except (ValueError, csv.Error) as e: raise ValueError(f"{path}: {e}") from None
     if not rows: return []
     image, captions = choose_columns(list(rows[0]), image_column or "file_name", caption_column, str(path))
-    return [(path.parent / (row.get(image) or "no file name"), flatten_captions([row.get(c) for c in captions])) for row in rows]
+    return [(path.parent / str(row.get(image) or "no file name"), flatten_captions([row.get(c) for c in captions])) for row in rows]
 
 # %% ../nbs/02_data.ipynb #a2c3d1a1
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -299,7 +314,10 @@ def read_sidecars(folder: Path) -> list[tuple[Path, list[str]]]:
     "Picture files with a text file of the same name beside them, one caption a line."
     pictures = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
     texts = [(p, p.with_suffix(".txt")) for p in pictures]
-    return [(p, flatten_captions(t.read_text(encoding="utf-8").splitlines())) for p, t in texts if t.exists()]
+    def lines(text: Path) -> list[str]:
+        try: return text.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as e: raise ValueError(f"{text} is not UTF-8: {e.reason}") from None
+    return [(p, flatten_captions(lines(t))) for p, t in texts if t.exists()]
 
 # %% ../nbs/02_data.ipynb #64cf2574
 FOLDER_SPLITS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation",
@@ -318,7 +336,9 @@ def folder_rows(
         raise FileNotFoundError(f"{folder}: no captioned images; needed: metadata.csv or metadata.jsonl (columns file_name "
                                 "and caption), .txt files with the names of the images, or .parquet files")
     by_split = {}
-    for row in found: by_split.setdefault(FOLDER_SPLITS.get(row[0].relative_to(folder).parts[0], "train"), []).append(row)
+    for row in found:
+        within = row[0].relative_to(folder).parts[0] if row[0].is_relative_to(folder) else ""
+        by_split.setdefault(FOLDER_SPLITS.get(within, "train"), []).append(row)
     if split not in by_split: raise unknown(f"{folder} has no split", split, by_split)
     return by_split[split]
 
@@ -349,8 +369,8 @@ def open_repo(repo: str, split: str, cache_dir: str | None = None, streaming: bo
         raise FileNotFoundError(f"{repo}: there is no such data set on the hub, or it is private") from None
     except ConnectionError:
         raise FileNotFoundError(f"cannot reach {repo}; offline data sets are scenes and emoji, or pass a local folder") from None
-    except (ValueError, RuntimeError, OSError) as e:
-        raise ValueError(f"cannot load {repo}: {' '.join(str(e).split())}") from None
+    except (datasets.exceptions.DatasetsError, ValueError, RuntimeError, OSError) as e:
+        raise ValueError(f"cannot load {repo}: {' '.join(str(e.__cause__ or e).split())}") from None
 
 # %% ../nbs/02_data.ipynb #a4c61276
 def read_hub_row(row: dict, image_column: str, caption_columns: list[str]) -> tuple[Image.Image, list[str]]:

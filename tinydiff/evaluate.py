@@ -267,7 +267,7 @@ def train_reader(
     batch_size: int = 64,
     lr: float = 3e-3,  # at its highest
     seed: int = 0,
-    device: str | None = None,  # None: a GPU where there is one
+    device: str | None = None,  # None: an NVIDIA or AMD GPU where there is one
 ) -> Reader:
     "Train a reader on fresh renders, none of them twice."
     torch.manual_seed(seed)
@@ -611,7 +611,7 @@ class EvalConfig:
     training_pictures: int = 5000  # among which the nearest is looked for
     batch_size: int = 32  # pictures drawn at once
     out: str = "scene_eval"  # folder for results.json, failures and figures
-    device: str | None = None  # None: a GPU where there is one
+    device: str | None = None  # None: an NVIDIA or AMD GPU where there is one
 
     def __post_init__(self):
         names = ("prompts", "images", "batch_size", "reference_pictures", "training_pictures")
@@ -653,7 +653,7 @@ def open_checkpoint(name: str, sampler: str | None = None, device: str | torch.d
 # %% ../nbs/13_evaluate.ipynb #0914556b
 def sampler_name(pipe: TextToImage) -> str:
     "ddpm, ddim, flow or heun."
-    return next(name for name, setting in SAMPLERS.items() if setting.items() <= pipe.scheduler.config.items())
+    return next((name for name, setting in SAMPLERS.items() if setting.items() <= pipe.scheduler.config.items()), "other")
 
 
 def unet_calls(pipe: TextToImage, steps: int, guidance_scale: float) -> int:
@@ -700,7 +700,7 @@ def run_exams(config: EvalConfig) -> list[dict]:
     "Every combination: prints a table of each, and writes results.json, answers.json, failures and (of several) a figure into `config.out`."
     device, out = choose_device(config.device), Path(config.out)
     for chosen in config.combinations():
-        open_checkpoint(chosen["checkpoint"], chosen["scheduler"], device)  # all mistakes before the first picture
+        started(open_checkpoint(chosen["checkpoint"], chosen["scheduler"], device).scheduler, chosen["steps"])  # all mistakes before the first picture
     reader, records, read = load_reader(device=device), [], []
     training = [item["image"] for item in map(Scenes("train", length=config.training_pictures).__getitem__, range(config.training_pictures))]
     out.mkdir(parents=True, exist_ok=True)

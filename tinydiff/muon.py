@@ -44,7 +44,7 @@ def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
 
 # %% ../nbs/17_muon.ipynb #1973f34b
 def matrices_and_rest(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    "The trainable weights of linear layers and convolutions; and all others: biases, norms, embeddings."
+    "The trainable weights of two and more dimensions, outside `nn.Embedding`; and all others: biases, norms, embeddings."
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     matrices, rest = [], []
     for p in model.parameters():

@@ -37,7 +37,7 @@ from PIL import Image
 from torch import Tensor
 
 from . import scenes
-from .data import image_to_tensor
+from .data import UNREADABLE, image_to_tensor, to_rgb
 from .models.attention import attention_weights
 from .models.clip import CLIPTokenizer
 from .models.unet import UNet
@@ -84,7 +84,7 @@ Frame = tuple[list[Image.Image], list[str]]  # pictures, and a line for each
 
 def side_by_side(
     streams: dict[str, Iterator[SampleState]],  # name: one walk, of one picture
-    decode: Callable[[Tensor], list[Image.Image]],
+    decode: Callable[[Tensor], list[Image.Image]] | dict[str, Callable],  # of all walks, or of each by its name
 ) -> Iterator[Frame]:
     "All walks at once: after every step, the picture that each has in mind. A walk that has ended waits for the others."
     latest = {}
@@ -92,7 +92,8 @@ def side_by_side(
         moved = {name: state for name, stream in streams.items() if (state := next(stream, None)) is not None}
         if not moved:
             return
-        pictures = decode(torch.cat([state.pred_original_sample for state in moved.values()]))
+        guesses = [state.pred_original_sample for state in moved.values()]
+        pictures = [decode[name](guess)[0] for name, guess in zip(moved, guesses)] if isinstance(decode, dict) else decode(torch.cat(guesses))
         latest |= dict(zip(moved, pictures))
         yield [latest[name] for name in streams], list(streams)
 
@@ -122,7 +123,7 @@ def same_seed(models: Models, config: SampleConfig) -> Iterator[Frame]:
     steps = {sampler: max(1, config.steps // 2) if sampler == "heun" else config.steps for sampler in models.checkpoints}
     streams = {SAMPLER_NAMES[sampler]: walk_with(models, replace(config, scheduler=sampler, steps=n, num_images=1))
                for sampler, n in steps.items()}
-    return side_by_side(streams, models(config.scheduler).decode)
+    return side_by_side(streams, {SAMPLER_NAMES[sampler]: models(sampler).decode for sampler in steps})
 
 # %% ../nbs/14_playground.ipynb #0478c0c7
 def slerp(a: Tensor, b: Tensor, amount: float) -> Tensor:
@@ -178,10 +179,10 @@ def repaint(
     noise = start_noise(clean.shape[1:], generators).to(pipe.device)
     context = guided_context(pipe.encode_prompt(list(config.prompt)), pipe.encode_prompt([config.negative_prompt]), config.guidance_scale)
     anew = None if mask is None else F.interpolate(mask[None, None].float(), clean.shape[2:]).bool().to(pipe.device)
-    start = scheduler.add_noise(clean, noise, scheduler.timesteps[0])
+    start, chain = scheduler.add_noise(clean, noise, scheduler.timesteps[0]), [*scheduler.timesteps.tolist(), scheduler.clean_timestep]
     for state in pipe.walk(start, context, config.guidance_scale, scheduler, generators):
         if anew is not None:
-            kept = scheduler.add_noise(clean, noise, torch.tensor(scheduler.previous_timestep(state.timestep)))
+            kept = scheduler.add_noise(clean, noise, torch.tensor(chain[state.step]))  # as noisy as the latents are now
             state.latents = torch.where(anew, state.latents, kept)
             state.pred_original_sample = torch.where(anew, state.pred_original_sample, clean)
         yield state
@@ -647,9 +648,10 @@ class Repaint(Experiment):
         "Begin at a picture file."
         try:
             with Image.open(BytesIO(data)) as image:
-                self.show(image.convert("RGB").resize((256, 256)) if image.width == image.height else image.convert("RGB"))
-        except OSError:
-            self.complain(ValueError("this file is not a picture that can be opened"))
+                image = to_rgb(image)
+        except UNREADABLE:
+            return self.complain(ValueError("this file is not a picture that can be opened"))
+        self.show(image.resize((256, 256)) if image.width == image.height else image)
 
     def repaint(self) -> Iterator[Frame]:
         if self.image is None:
@@ -677,11 +679,11 @@ class Inside(widgets.Tab):
         super().__init__([self.steps, self.words, *self.experiments], titles=["Steps", "Words", "Samplers", "Guidance", "Between", "From a picture"])
         self.add_class("td-inside")
 
-    def show(self, run: Run):
-        "Look into this run."
+    def show(self, run: Run, index: int = 0):
+        "Look into this run; its picture `index` is where *From a picture* begins."
         self.steps.show(run)
         self.words.show(run)
-        self.repaint.show(run.moments[-1].images[0])
+        self.repaint.show(run.moments[-1].images[index])
 
 # %% ../nbs/14_playground.ipynb #9ba038a6
 TITLE = """<div class="td-title"><h1>tinydiff playground</h1>
@@ -711,7 +713,7 @@ class Page(widgets.VBox):
         self.controls.restore(replace(run.config, seed=run.config.seed + index))
         self.stage.show(run)
         self.stage.say("restored from the history")
-        self.inside.show(run)
+        self.inside.show(run, index)
 
 # %% ../nbs/14_playground.ipynb #e4df9cb8
 class Playground(Page):

@@ -352,7 +352,7 @@ class SampleConfig:
     num_images: int = 1  # of each prompt
     height: int | None = None  # pixels; None: what the model was trained at
     width: int | None = None
-    device: str | None = None  # None: a GPU where there is one
+    device: str | None = None  # None: an NVIDIA or AMD GPU where there is one
 
     def __post_init__(self):
         repeat_prompts(self.prompt, 1)
@@ -426,7 +426,7 @@ def write_images(images: list[Image.Image], settings: list[dict], out: str) -> P
 
 # %% ../nbs/12_sample.ipynb #d0c5bd15
 def choose_device(name: str | None = None) -> torch.device:
-    "The device of that name, or a GPU where there is one; ValueError where torch has no such device here."
+    "The device of that name, or an NVIDIA or AMD GPU where there is one; ValueError where torch has no such device here."
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device).item()

@@ -7,16 +7,16 @@ __all__ = ['RANGES', 'PRESETS', 'ARCHITECTURES', 'CHECKPOINT', 'PACKAGES', 'seed
            'batch_indices', 'StepSampler', 'learning_rate', 'make_optimizer', 'EMA', 'RunOptions', 'DataOptions',
            'ModelOptions', 'TaskOptions', 'OptimizerOptions', 'MachineOptions', 'is_allowed', 'in_words',
            'check_values', 'TrainConfig', 'config_from_dict', 'Architecture', 'sized', 'sync', 'write_atomically',
-           'write_text', 'optimizer_tensors', 'load_optimizer_tensors', 'checksums', 'save_checkpoint',
-           'read_checkpoint', 'load_checkpoint', 'read_metrics', 'forget_after', 'smooth', 'plot_metrics', 'Run', 'Log',
-           'EveryCaption', 'collate', 'ignore_signals', 'PixelStage', 'VAEStage', 'scaling_factor', 'captions_of',
-           'CLIPStage', 'Parts', 'load_parts', 'make_unet', 'needed_items', 'encode_dataset', 'fingerprint',
-           'read_cache', 'cached_latents', 'EncodedData', 'draw_by_time', 'Denoiser', 'OneAhead', 'DiffusionStage',
-           'attention_kernel', 'stop_signals', 'blame', 'Guard', 'backward', 'recorded', 'parallel', 'Progress',
-           'leave', 'finish', 'fit', 'has_bf16', 'join_processes', 'keep_freed_memory', 'check_shares',
-           'check_image_size', 'check_out', 'processor_name', 'data_fingerprint', 'git_commit', 'describe_run',
-           'with_earlier', 'open_run', 'with_folder', 'open_dataset', 'explained', 'train', 'stored_config',
-           'read_config', 'main']
+           'write_text', 'optimizer_tensors', 'load_optimizer_tensors', 'checkpoints_in', 'checksums',
+           'save_checkpoint', 'read_checkpoint', 'load_checkpoint', 'read_metrics', 'forget_after', 'smooth',
+           'plot_metrics', 'Run', 'Log', 'EveryCaption', 'collate', 'ignore_signals', 'PixelStage', 'VAEStage',
+           'scaling_factor', 'captions_of', 'CLIPStage', 'Parts', 'load_parts', 'make_unet', 'needed_items',
+           'encode_dataset', 'fingerprint', 'read_cache', 'cached_latents', 'EncodedData', 'draw_by_time', 'Denoiser',
+           'OneAhead', 'DiffusionStage', 'attention_kernel', 'stop_signals', 'blame', 'Guard', 'backward', 'recorded',
+           'parallel', 'Progress', 'leave', 'finish', 'fit', 'has_bf16', 'join_processes', 'keep_freed_memory',
+           'check_shares', 'check_image_size', 'check_out', 'processor_name', 'data_fingerprint', 'git_commit',
+           'describe_run', 'with_earlier', 'open_run', 'with_folder', 'with_own_parts', 'open_dataset', 'explained',
+           'train', 'stored_config', 'read_config', 'main']
 
 # %% ../nbs/11_train.ipynb #b8522702
 import argparse
@@ -180,10 +180,10 @@ class TaskOptions:
 @dataclass(frozen=True)
 class OptimizerOptions:
     "How it learns."
-    steps: int = 2400  # of the diffusion stage
+    steps: int = 3600  # of the diffusion stage
     vae_steps: int = 1500
     clip_steps: int = 200
-    batch_size: int = 32  # of the diffusion stage, over all processes
+    batch_size: int = 64  # of the diffusion stage, over all processes
     vae_batch_size: int = 8
     clip_batch_size: int = 256
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: orthogonalized steps for matrices, AdamW for all else (notebook 17)
@@ -203,7 +203,7 @@ class OptimizerOptions:
 @dataclass(frozen=True)
 class MachineOptions:
     "What it runs on, and what it writes."
-    device: str | None = None  # None: a GPU where there is one
+    device: str | None = None  # None: an NVIDIA or AMD GPU where there is one
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the device computes in it
     tf32: bool = True  # on GPUs, what is left in float32 is multiplied with 10 bits of precision; False: with 23
     compile: bool = False  # torch.compile
@@ -372,6 +372,11 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
 CHECKPOINT = ("model", "ema", "optimizer")
 
 
+def checkpoints_in(folder: Path) -> list[Path]:
+    "The checkpoints in a stage's folder, the newest last: those whose name is a number."
+    return sorted(path for path in folder.glob("*") if path.name.isdigit())
+
+
 def checksums(folder: Path) -> dict[str, str]:
     "A checksum of each weight file in a folder."
     return {path.name: hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest() for path in sorted(folder.glob("*.safetensors"))}
@@ -389,10 +394,10 @@ def save_checkpoint(folder: Path, step: int, model: nn.Module, ema: EMA, optimiz
         write_atomically(folder / f"{step:07}", write)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(folder / f".{step:07}.tmp", ignore_errors=True)
-        kept = ", ".join(sorted(p.name for p in folder.glob("[0-9]*"))) or "none yet"
+        kept = ", ".join(path.name for path in checkpoints_in(folder)) or "none yet"
         raise OSError(f"the checkpoint of step {step} could not be written ({error}); whole ones in {folder}: {kept}. "
                       "Make room, then go on with --resume") from None
-    for old in sorted(p for p in folder.glob("[0-9]*") if int(p.name) <= step)[:-keep]:
+    for old in [path for path in checkpoints_in(folder) if int(path.name) <= step][:-keep]:
         shutil.rmtree(old)
 
 # %% ../nbs/11_train.ipynb #e2738ba0
@@ -405,7 +410,7 @@ def read_checkpoint(path: Path) -> dict[str, dict[str, Tensor]]:
 # %% ../nbs/11_train.ipynb #30864748
 def load_checkpoint(folder: Path, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> int:
     "Go back to the newest checkpoint that can be read; returns its step, 0 where there is none."
-    for path in sorted(folder.glob("[0-9]*"), reverse=True):
+    for path in reversed(checkpoints_in(folder)):
         try:
             tensors = read_checkpoint(path)
         except (OSError, ValueError, SafetensorError) as error:
@@ -416,7 +421,7 @@ def load_checkpoint(folder: Path, model: nn.Module, ema: EMA, optimizer: torch.o
             ema.model.load_state_dict(tensors["ema"])
             load_optimizer_tensors(optimizer, tensors["optimizer"])
         except (RuntimeError, LookupError):
-            raise ValueError(f"checkpoint {path} is for other networks: --resume needs the --arch and --image_size that the run began with") from None
+            raise ValueError(f"checkpoint {path} is for other networks, or another optimizer, than this run's") from None
         return int(path.name)
     return 0
 
@@ -595,7 +600,7 @@ class VAEStage(PixelStage):
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         every = self.run.config.half_size_every
-        self.shrink = 2 if every and step % every == 0 else 1  # steps that are reported are whole: log_every is a multiple
+        self.shrink = 2 if every and step % every == 0 else 1  # where log_every is even, steps that are reported are whole
         images, (channels, size) = self.pictures(step)[0], (self.model.config.latent_channels, self.run.config.image_size // self.model.config.downsample_factor)
         return images, self.run.noise("posterior", step, (self.batch_size, channels, size, size))
 
@@ -687,9 +692,12 @@ def load_parts(vae: str | Path, text_encoder: str | Path, unet: str | None = Non
 
 # %% ../nbs/11_train.ipynb #03437577
 def make_unet(config: UNetConfig, parts: Parts, image_size: int) -> UNet:
-    "A new UNet that fits the other parts."
-    channels = parts.vae.config.latent_channels
-    return UNet(dataclasses.replace(config, sample_size=image_size // parts.vae.config.downsample_factor, in_channels=channels, out_channels=channels,
+    "The UNet to start from, or a new one that fits the other parts; for pictures of this size."
+    side, channels = image_size // parts.vae.config.downsample_factor, parts.vae.config.latent_channels
+    if parts.unet:
+        parts.unet.config = dataclasses.replace(parts.unet.config, sample_size=side)
+        return parts.unet
+    return UNet(dataclasses.replace(config, sample_size=side, in_channels=channels, out_channels=channels,
                                     cross_attention_dim=parts.text_encoder.config.hidden_size))
 
 # %% ../nbs/11_train.ipynb #d006e159
@@ -707,7 +715,8 @@ def encode_dataset(run: Run, dataset: Dataset, parts: Parts, items: Tensor) -> d
     """
     mirrors = [False, True] if run.config.flip else [False]
     moments, ids, counts = [[] for _ in mirrors], [], [0]
-    loader = DataLoader(Subset(EveryCaption(dataset), items.tolist()), batch_size=64, num_workers=run.config.num_workers, collate_fn=collate)
+    at_once = min(64, max(1, 64 * 128**2 // run.config.image_size**2))  # fewer of large pictures
+    loader = DataLoader(Subset(EveryCaption(dataset), items.tolist()), batch_size=at_once, num_workers=run.config.num_workers, collate_fn=collate)
     for images, captions in tqdm(loader, desc="encoding", unit="batch", disable=run.rank > 0):
         images = images.to(run.device).contiguous(memory_format=torch.channels_last)
         with run.autocast():
@@ -829,7 +838,7 @@ class DiffusionStage:
         self.vae.to(memory_format=torch.channels_last)
         settings = {"weighting_scheme": "logit_normal"} if c.scheduler == "flow" else {"prediction_type": c.prediction_type}
         self.scheduler = make_scheduler(c.scheduler, **settings)
-        self.model = Denoiser(parts.unet or make_unet(arch.unet, parts, c.image_size), parts.text_encoder.requires_grad_(c.train_text_encoder))
+        self.model = Denoiser(make_unet(arch.unet, parts, c.image_size), parts.text_encoder.requires_grad_(c.train_text_encoder))
         self.model.unet.gradient_checkpointing = c.grad_checkpoint
         self.data = EncodedData(run, dataset, parts)
         self.prompts = captions_of(dataset, list(range(min(16, len(dataset)))))
@@ -861,8 +870,7 @@ class DiffusionStage:
         "The folder that TextToImage and diffusers open; its index comes last."
         made = dict(zip(PARTS, (model.unet, self.vae, model.text_encoder, self.tokenizer, self.scheduler)))
         for name, part in made.items():
-            if name in ("unet", "text_encoder", "scheduler") or not (self.run.folder / name).is_dir():
-                write_atomically(self.run.folder / name, functools.partial(save_component, part))
+            write_atomically(self.run.folder / name, functools.partial(save_component, part))
         write_text(self.run.folder / "model_index.json", json.dumps(model_index(self.scheduler), indent=2))
 
 # %% ../nbs/11_train.ipynb #c3da48a4
@@ -1028,28 +1036,31 @@ def fit(stage, run: Run):
             if stopped and not last:
                 leave(run, stage, done, stop)
     finish(stage, run, ema)
+    if run.any_process(bool(stop)) and c.stage == "all" and stage.name != "diffusion":
+        leave(run, stage, stage.steps, stop)
 
 # %% ../nbs/11_train.ipynb #bd808623
 def has_bf16(device: torch.device) -> bool:
     "Whether the device computes in bfloat16, rather than only storing it."
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 # %% ../nbs/11_train.ipynb #dc041c59
 def join_processes(config: TrainConfig) -> tuple[torch.device, int, int]:
     "Find the device; with `torchrun`, meet the other processes. Returns device, rank and number of processes."
-    device, rank, world = choose_device(config.device), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world, name = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), config.device
+    if world > 1 and torch.cuda.is_available() and (name or "cuda").startswith("cuda"):
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    device = choose_device(name)
     if config.cuda_graphs and (device.type != "cuda" or world > 1):
         raise ValueError("--cuda_graphs needs an NVIDIA GPU, and one process")
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
-    if world > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.index is not None:
             torch.cuda.set_device(device)
-        if not torch.distributed.is_initialized():
-            torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if world > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device, rank, world
 
 # %% ../nbs/11_train.ipynb #7c1e40a2
@@ -1065,8 +1076,8 @@ def keep_freed_memory():
 # %% ../nbs/11_train.ipynb #5e6493a0
 def check_shares(config: TrainConfig, world: int):
     "ValueError where a batch cannot be shared evenly by processes and parts."
-    for name, parts in (("batch_size", config.grad_accum), ("vae_batch_size", config.grad_accum), ("clip_batch_size", 1)):
-        if getattr(config, name) % (world * parts):
+    for stage, name, parts in (("diffusion", "batch_size", config.grad_accum), ("vae", "vae_batch_size", config.grad_accum), ("clip", "clip_batch_size", 1)):
+        if config.stage in (stage, "all") and getattr(config, name) % (world * parts):
             raise ValueError(f"--{name} {getattr(config, name)} cannot be shared evenly by {world} process{'es' * (world > 1)} times {parts} "
                              f"part{'s' * (parts > 1)}: it must be a multiple of {world * parts}")
 
@@ -1074,16 +1085,22 @@ def check_shares(config: TrainConfig, world: int):
 def check_image_size(config: TrainConfig, arch: Architecture, parts: Parts | None):
     "ValueError where the networks cannot halve the pictures often enough."
     vae, unet = parts.vae.config if parts else arch.vae, parts.unet.config if parts and parts.unet else arch.unet
-    needs = {"vae": vae.downsample_factor, "clip": arch.vision.patch_size, "diffusion": vae.downsample_factor * 2 ** (len(unet.block_out_channels) - 1)}
+    needs = {"vae": vae.downsample_factor * (2 if config.half_size_every else 1), "clip": arch.vision.patch_size, "diffusion": vae.downsample_factor * 2 ** (len(unet.block_out_channels) - 1)}
     multiple = math.lcm(*(needs.values() if config.stage == "all" else [needs[config.stage]]))
     if config.image_size % multiple:
         raise ValueError(f"--image_size must be a multiple of {multiple} for these networks, not {config.image_size}")
 
 # %% ../nbs/11_train.ipynb #3612f8a9
 def check_out(config: TrainConfig):
-    "ValueError where the folder cannot become this run's."
+    "ValueError where the folder cannot become this run's, or where its run cannot go on like this."
     out = Path(config.out)
-    if (out / "run.json").exists() and not config.resume:
+    if config.resume:
+        before, stages = stored_config(config.out), "*" if config.stage == "all" else config.stage
+        for name, trained in (("arch", stages), ("image_size", stages), ("optimizer", stages), ("train_text_encoder", "diffusion")):
+            was, now = getattr(before, name), getattr(config, name)
+            if was != now and any(out.glob(f"checkpoints/{trained}/[0-9]*")):
+                raise ValueError(f"the run in {out} began with --{name} {was}: it cannot go on with {now}")
+    elif (out / "run.json").exists():
         raise ValueError(f"{out} already holds a run: add --resume to go on with it, or choose another --out")
     if config.tensorboard:
         try:
@@ -1167,6 +1184,13 @@ def with_folder(config: TrainConfig, world: int = 1) -> TrainConfig:
         torch.distributed.broadcast_object_list(out)
     return dataclasses.replace(config, out=out[0])
 
+
+def with_own_parts(config: TrainConfig) -> TrainConfig:
+    "Stage diffusion builds on what earlier stages made in its folder, where no other VAE and text encoder are named."
+    made = {"vae": "vae", "text_encoder": "clip"} if config.stage == "diffusion" else {}
+    return dataclasses.replace(config, **{part: config.out for part, stage in made.items()
+                                          if getattr(config, part) == "tiny" and (Path(config.out) / "checkpoints" / stage).is_dir()})
+
 # %% ../nbs/11_train.ipynb #3833aa5c
 def open_dataset(config: TrainConfig) -> Dataset:
     "The pictures that the configuration names, and one look at the first of them."
@@ -1177,22 +1201,21 @@ def open_dataset(config: TrainConfig) -> Dataset:
 
 # %% ../nbs/11_train.ipynb #3f97006a
 @contextmanager
-def explained(stage, run: Run) -> Iterator[None]:
-    "What can end a run in the middle, each in a line that says what to do."
-    size = {"diffusion": "batch_size"}.get(stage.name, f"{stage.name}_batch_size")
+def explained(stage: str, run: Run) -> Iterator[None]:
+    "What can end a stage in the middle, each in a line that says what to do."
+    size = {"diffusion": "batch_size"}.get(stage, f"{stage}_batch_size")
+    parts, again = ", or keep it and compute it in parts with --grad_accum" * (stage != "clip"), ", add --grad_checkpoint" * (stage == "diffusion")
     try:
         yield
     except (torch.OutOfMemoryError, RuntimeError) as error:
         text = str(error)
         if isinstance(error, torch.OutOfMemoryError) or "alloc" in text:
-            raise ValueError(f"stage {stage.name} needs more memory than {run.device} has: lower --{size} ({getattr(run.config, size)}), or keep it and compute it in "
-                             f"parts with --grad_accum, add --grad_checkpoint, or lower --image_size; then go on with --resume --out {run.folder}") from None
+            raise ValueError(f"stage {stage} needs more memory than {run.device} has: lower --{size} ({getattr(run.config, size)}){parts}{again}, "
+                             f"or lower --image_size; then go on with --resume --out {run.folder}") from None
         if run.world > 1 and any(word in text for word in ("onnection", "peer", "timed out", "NCCL", "gloo")):
             raise ValueError(f"process {run.rank} of {run.world} has lost another one, which was killed or failed: see the lines above, if there are any; "
                              f"go on from the last checkpoint, with any number of processes, with --resume --out {run.folder}") from None
         raise
-    finally:
-        stage.loaded = None  # ends the loader's workers, who do not listen to signals
 
 # %% ../nbs/11_train.ipynb #40175a0f
 def train(config: TrainConfig) -> Path:
@@ -1200,7 +1223,7 @@ def train(config: TrainConfig) -> Path:
     device, rank, world = join_processes(config)
     if device.type == "cpu":
         keep_freed_memory()
-    config = with_folder(config, world)
+    config = with_own_parts(with_folder(config, world))
     if rank == 0:
         check_out(config)
     check_shares(config, world)
@@ -1212,9 +1235,12 @@ def train(config: TrainConfig) -> Path:
             "diffusion": lambda: DiffusionStage(run, dataset, arch, parts or load_parts(run.folder, run.folder))}
     for name in make if config.stage == "all" else [config.stage]:
         torch.manual_seed(seed_at(config.seed, name, "weights"))
-        stage = make[name]()
-        with explained(stage, run):
-            fit(stage, run)
+        with explained(name, run):
+            stage = make[name]()
+            try:
+                fit(stage, run)
+            finally:
+                stage.loaded = None  # ends the loader's workers, who do not listen to signals
     if world > 1:
         torch.distributed.destroy_process_group()
     return run.folder
