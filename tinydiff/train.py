@@ -988,13 +988,14 @@ def leave(run: Run, stage, done: int, notes: list):
     raise KeyboardInterrupt if signal.SIGINT in notes else SystemExit(0)
 
 
-def finish(stage, run: Run, ema: EMA):
-    "Write what the stage made; the other processes wait."
+def finish(stage, run: Run, ema: EMA, notes: list):
+    "Write what the stage made; the other processes wait. A signal in its last step ends the run before the next stage."
     if run.rank == 0:
         stage.finish(ema.model)
         if skipped := skipped_report(stage.dataset):
             print(skipped, file=sys.stderr)
-    run.any_process(False)
+    if run.any_process(bool(notes)) and run.config.stage == "all" and stage.name != "diffusion":
+        leave(run, stage, stage.steps, notes)
 
 # %% ../nbs/11_train.ipynb #16ccd5a0
 def fit(stage, run: Run):
@@ -1035,9 +1036,7 @@ def fit(stage, run: Run):
                 save_checkpoint(checkpoints, done, model, ema, optimizer, c.keep)
             if stopped and not last:
                 leave(run, stage, done, stop)
-    finish(stage, run, ema)
-    if run.any_process(bool(stop)) and c.stage == "all" and stage.name != "diffusion":
-        leave(run, stage, stage.steps, stop)
+    finish(stage, run, ema, stop)
 
 # %% ../nbs/11_train.ipynb #bd808623
 def has_bf16(device: torch.device) -> bool:
