@@ -102,7 +102,7 @@ MUTATIONS = [
     bug("resume without the optimizer", "train.py", 'load_optimizer_tensors(optimizer, tensors["optimizer"])', "pass", RESUME),
     bug("a finished run of parts that were not trained together", "train.py", "        for name, part in made.items():\n            write_atomically(self",
         "        for name, part in made.items():\n            if not (name == 'vae' and (self.run.folder / name).is_dir()): write_atomically(self", T + "a_finished_run_holds_what_was_trained_together"),
-    bug("a stage that forgets the stage before", "train.py", "config = with_own_parts(with_folder(config, world))", "config = with_folder(config, world)", T + "stages_one_by_one"),
+    bug("a stage that forgets the stage before", "train.py", "named = with_own_parts(config)", "named = config", T + "stages_one_by_one"),
     bug("a signal dropped between two stages", "train.py", "    if run.any_process(bool(notes)) and", "    if run.any_process(False) and", T + "signal_in_the_last_step_of_a_stage"),
     bug("repainting at two noise levels", "playground.py", "torch.tensor(chain[state.step])", "torch.tensor(scheduler.previous_timestep(state.timestep))",
         "test_playground.py::test_repaint_shows_the_model_one_noise_level[heun]"),

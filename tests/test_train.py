@@ -129,6 +129,8 @@ def test_stages_one_by_one(base, tmp_path):
     for stage in ("clip", "diffusion"):
         train(read_config(["--resume", "--stage", stage, "--out", str(run)]))
     assert same_parts(base, run)
+    moved = run.rename(tmp_path / "moved")
+    assert same_parts(base, train(read_config(["--resume", "--steps", "3", "--out", str(moved)])), ("vae",))
 
 
 def test_a_finished_run_holds_what_was_trained_together(base, tmp_path):

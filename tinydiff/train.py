@@ -1222,12 +1222,13 @@ def train(config: TrainConfig) -> Path:
     device, rank, world = join_processes(config)
     if device.type == "cpu":
         keep_freed_memory()
-    config = with_own_parts(with_folder(config, world))
+    config = with_folder(config, world)
     if rank == 0:
         check_out(config)
     check_shares(config, world)
     dataset, arch = open_dataset(config), sized(ARCHITECTURES[config.arch], config.image_size)
-    parts = load_parts(config.vae, config.text_encoder, config.unet) if config.stage == "diffusion" else None
+    named = with_own_parts(config)
+    parts = load_parts(named.vae, named.text_encoder, named.unet) if config.stage == "diffusion" else None
     check_image_size(config, arch, parts)
     run = open_run(config, device, rank, world, dataset)  # nothing was written so far
     make = {"vae": lambda: VAEStage(run, dataset, arch), "clip": lambda: CLIPStage(run, dataset, arch),
