@@ -161,7 +161,7 @@ class DataOptions:
 class ModelOptions:
     "Which networks."
     arch: Literal["tiny", "base"] = "tiny"  # sizes of the networks, see ARCHITECTURES
-    vae: str = "tiny"  # stage diffusion alone: tiny; or a folder or hub id, ours or Stable Diffusion's, of a pipeline or of a VAE alone
+    vae: str = "tiny"  # stage diffusion alone: tiny, or what an earlier stage made in --out; or a folder or hub id, ours or Stable Diffusion's, of a pipeline or of a VAE alone
     text_encoder: str = "tiny"  # likewise; its tokenizer comes with it
     unet: str | None = None  # stage diffusion alone: start from these weights; None: from nothing
     train_text_encoder: bool = True  # the UNet's loss teaches the text encoder too; False: it stays as stage clip left it
