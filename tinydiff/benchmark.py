@@ -11,7 +11,7 @@ __all__ = ['PEAKS', 'Task', 'CLIP_KEYS', 'ADD_COMPILE', 'RUNGS', 'TASKS', 'COLUM
            'card', 'add_gains', 'measure', 'benchmark', 'table', 'main']
 
 # %% ../nbs/16_benchmark.ipynb #4ad6c329
-import copy, ctypes, dataclasses, gc, json, re, statistics, tempfile, time
+import copy, ctypes, dataclasses, functools, gc, json, re, statistics, tempfile, time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -32,7 +32,7 @@ from .models.vae import AutoencoderKL
 from .sample import check_counts, choose_device, one_line_errors, read_flags
 from .schedulers.flow_matching import make_scheduler
 from .stable_diffusion import rename, save_component, text_to_transformers
-from .train import ARCHITECTURES, Architecture, EveryCaption, Run, TrainConfig, attention_kernel, check_image_size, collate, has_bf16, processor_name, recorded, sized
+from .train import ARCHITECTURES, Architecture, EveryCaption, Run, TrainConfig, check_image_size, collate, has_bf16, processor_name, recorded, sized
 
 # %% ../nbs/16_benchmark.ipynb #ea448567
 def seconds(call: Callable, device: torch.device) -> float:
@@ -180,11 +180,11 @@ def unet_inputs(c: BenchmarkConfig, device: torch.device) -> tuple[Tensor, Tenso
             torch.randn(n, text.max_position_embeddings, unet.cross_attention_dim, device=device))
 
 # %% ../nbs/16_benchmark.ipynb #71e5036e
-def training(model: nn.Module, loss: Callable[[nn.Module], Tensor], run: Run, kernel=attention_kernel, fused: bool | None = True) -> Callable:
+def training(model: nn.Module, loss: Callable[[nn.Module], Tensor], run: Run, attention=nullcontext, fused: bool | None = True) -> Callable:
     "A function that trains the model by one step, and returns the loss before it."
     optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-4, fused=fused)
     def step():
-        with kernel(run):
+        with attention():
             with run.autocast(): value = loss(model)
             value.backward()
         optimizer.step()
@@ -334,6 +334,7 @@ RUNGS = ("eager float32", "channels_last", "bfloat16", "SDPA", "fused AdamW", "C
 def why_not(rung: str, c: BenchmarkConfig, device: torch.device) -> str:
     "Why a rung is left out; empty where it is not."
     if rung == "bfloat16" and not has_bf16(device) or rung == "CUDA graphs" and device.type != "cuda": return "not on this device"
+    if rung == "SDPA" and device.type == "cpu" and has_bf16(device): return "a CPU's attention is written out in bfloat16 (notebook 07)"
     return ADD_COMPILE if rung == "compile" and not c.compile else ""
 
 
@@ -343,8 +344,8 @@ def climbed(unet: UNet, loss: Callable, run: Run, rungs: set[str], inputs: tuple
     run = dataclasses.replace(run, bf16="bfloat16" in rungs)
     if "compile" in rungs: model = torch.compile(model, mode="reduce-overhead" if "CUDA graphs" in rungs else None)
     elif "CUDA graphs" in rungs: model = recorded(model, inputs, run)
-    kernel = nullcontext if "SDPA" in rungs else lambda run: sdpa_kernel(SDPBackend.MATH)
-    return training(model, loss, run, kernel, fused="fused AdamW" in rungs or None)
+    attention = nullcontext if "SDPA" in rungs else functools.partial(sdpa_kernel, SDPBackend.MATH)
+    return training(model, loss, run, attention, fused="fused AdamW" in rungs or None)
 
 
 def ladder_cases(c: BenchmarkConfig, run: Run) -> dict[str, Case | str]:

@@ -12,11 +12,11 @@ __all__ = ['RANGES', 'PRESETS', 'ARCHITECTURES', 'CHECKPOINT', 'PACKAGES', 'seed
            'plot_metrics', 'Run', 'Log', 'EveryCaption', 'collate', 'ignore_signals', 'PixelStage', 'VAEStage',
            'scaling_factor', 'captions_of', 'CLIPStage', 'Parts', 'load_parts', 'make_unet', 'needed_items',
            'encode_dataset', 'fingerprint', 'read_cache', 'cached_latents', 'EncodedData', 'draw_by_time', 'Denoiser',
-           'OneAhead', 'DiffusionStage', 'attention_kernel', 'stop_signals', 'blame', 'Guard', 'backward', 'recorded',
-           'parallel', 'Progress', 'leave', 'finish', 'fit', 'has_bf16', 'join_processes', 'keep_freed_memory',
-           'check_shares', 'check_image_size', 'check_out', 'processor_name', 'data_fingerprint', 'git_commit',
-           'describe_run', 'with_earlier', 'open_run', 'with_folder', 'with_own_parts', 'open_dataset', 'explained',
-           'train', 'stored_config', 'read_config', 'main']
+           'OneAhead', 'DiffusionStage', 'stop_signals', 'blame', 'Guard', 'backward', 'recorded', 'parallel',
+           'Progress', 'leave', 'finish', 'fit', 'has_bf16', 'join_processes', 'keep_freed_memory', 'check_shares',
+           'check_image_size', 'check_out', 'processor_name', 'data_fingerprint', 'git_commit', 'describe_run',
+           'with_earlier', 'open_run', 'with_folder', 'with_own_parts', 'open_dataset', 'explained', 'train',
+           'stored_config', 'read_config', 'main']
 
 # %% ../nbs/11_train.ipynb #b8522702
 import argparse
@@ -53,7 +53,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from torchvision.utils import make_grid
 from tqdm.auto import tqdm
@@ -873,11 +872,6 @@ class DiffusionStage:
             write_atomically(self.run.folder / name, functools.partial(save_component, part))
         write_text(self.run.folder / "model_index.json", json.dumps(model_index(self.scheduler), indent=2))
 
-# %% ../nbs/11_train.ipynb #c3da48a4
-def attention_kernel(run: Run):
-    "Plain attention on the CPU in bfloat16, where PyTorch's fused kernel is slow to differentiate at these sizes; PyTorch's own choice elsewhere."
-    return sdpa_kernel(SDPBackend.MATH) if run.device.type == "cpu" and run.bf16 else nullcontext()
-
 # %% ../nbs/11_train.ipynb #a60db93f
 @contextmanager
 def stop_signals() -> Iterator[list]:
@@ -1010,7 +1004,7 @@ def fit(stage, run: Run):
     if first < stage.steps:
         stage.start(first)
     guard = Guard(optimizer, run)
-    with stop_signals() as stop, attention_kernel(run), progress.bar:
+    with stop_signals() as stop, progress.bar:
         for step in range(first, stage.steps):
             torch.manual_seed(seed_at(c.seed, stage.name, step, run.rank))
             rate = learning_rate(step, stage.steps, stage.lr, c.warmup)
