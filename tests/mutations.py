@@ -124,6 +124,8 @@ MUTATIONS = [
     bug("a key silently ignored", "stable_diffusion.py", "key not in NO_EFFECT and (value or None)", "key in ours and (value or None)", F + "bad_folders_are_refused_in_one_line"),
     # --- precision and details of Stable Diffusion
     bug("GroupNorm in bf16", "models/vae.py", "self.norm1 = nn.GroupNorm(norm_num_groups, in_channels, eps=eps)", "self.norm1 = " + NAIVE_NORM, M + "group_norm_in_bf16_with_a_large_mean"),
+    bug("attention written out without its root", "models/attention.py", "q / q.shape[-1] ** 0.5 @ k", "q @ k", M + "attention_in_bfloat16_where_it_learns"),
+    bug("attention that sees the next word", "models/attention.py", "dtype=scores.dtype).triu(1)", "dtype=scores.dtype).triu(2)", M + "attention_in_bfloat16_where_it_learns"),
     bug("a detail of Stable Diffusion", "models/attention.py", "self.norm = nn.GroupNorm(norm_num_groups, channels, eps=1e-6)", "self.norm = nn.GroupNorm(norm_num_groups, channels, eps=1e-5)", M + "unet_equals_diffusers"),
     bug("a detail of Stable Diffusion", "models/attention.py", "return value * F.gelu(gate)", 'return value * F.gelu(gate, approximate="tanh")', M + "unet_equals_diffusers"),
     bug("a detail of Stable Diffusion", "models/attention.py", "value, gate = self.proj(x).chunk(2, dim=-1)", "gate, value = self.proj(x).chunk(2, dim=-1)", M + "unet_equals_diffusers"),

@@ -106,9 +106,9 @@ def test_rungs_train_alike(config):
     found = ladder_cases(config, config.open())
     assert tuple(found) == RUNGS
     steps = {name: case for name, case in found.items() if isinstance(case, Case)}
-    assert {"eager float32", "channels_last", "SDPA", "fused AdamW"} <= steps.keys()
+    assert {"eager float32", "channels_last", "fused AdamW"} <= steps.keys()
     assert found["CUDA graphs"] == "not on this device" and found["compile"] == "not measured: add --compile"
-    assert (found["bfloat16"] == "not on this device") != has_bf16(CPU)
+    assert (found["bfloat16"] == "not on this device") != has_bf16(CPU) and ("SDPA" in steps) != has_bf16(CPU)
     values = {name: torch.stack([case.call() for _ in range(3)]) for name, case in steps.items()}
     for name, case in steps.items():
         torch.testing.assert_close(values[name], values["eager float32"], rtol=0.05 if case.bf16 else 1e-4, atol=0)

@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 from transformers import CLIPTextConfig as TransformersTextConfig
 from transformers import CLIPTextModel
 
-from tinydiff.models.attention import Attention, FeedForward, SpatialTransformer
+from tinydiff.models.attention import Attention, FeedForward, SpatialTransformer, dot_product_attention
 from tinydiff.models.clip import CLIP, CLIPTextConfig, CLIPTextEncoder, CLIPTokenizer, CLIPVisionConfig, contrastive_loss
 from tinydiff.models.time_embed import TimestepEmbedding, sinusoidal_embedding
 from tinydiff.models.unet import UNet, UNetConfig
@@ -275,6 +275,19 @@ def test_attention_against_the_formula(rng):
     heads = [(q[..., i:i + 4] @ k[..., i:i + 4].mT / 2).softmax(-1) @ v[..., i:i + 4] for i in (0, 4, 8)]
     close(layer(x, context), layer.to_out[0](torch.cat(heads, -1)))
     with pytest.raises(ValueError, match="10 cannot be split into 3 heads"): Attention(10, 3)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_attention_in_bfloat16_where_it_learns(rng, is_causal):
+    "What is written out gives the kernel's results and gradients, but for the last of eight bits."
+    exact = [randn(rng, 2, 3, 7, 16).requires_grad_() for _ in range(3)]
+    short = [x.detach().bfloat16().requires_grad_() for x in exact]
+    results = []
+    for attend, inputs in ((F.scaled_dot_product_attention, exact), (dot_product_attention, short)):
+        out = attend(*inputs, is_causal=is_causal)
+        results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
+    for truth, value in zip(*results):
+        assert (value - truth).norm() < 0.02 * truth.norm()
 
 
 def test_feed_forward_gates_with_exact_gelu(rng):
