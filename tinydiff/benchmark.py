@@ -60,8 +60,8 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype = torch.float32, n: 
 
 
 def flops(call: Callable) -> int:
-    "Operations of one call, two for each multiply-and-add."
-    with FlopCounterMode(display=False) as counter: call()
+    "Operations of one call, two for each multiply-and-add; attention as plain products, since PyTorch counts some fused kernels as nothing."
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter: call()
     return counter.get_total_flops()
 
 # %% ../nbs/16_benchmark.ipynb #8f80548a
