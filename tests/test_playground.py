@@ -1,6 +1,7 @@
 "The playground without a browser: pictures from pictures, maps, the worker, and every button."
 import base64
 import html
+import json
 import re
 import sys
 import time
@@ -13,7 +14,7 @@ from PIL import Image
 from tinydiff import scenes
 from tinydiff.playground import (
     CHECKPOINTS, AppConfig, Models, Playground, Worker, advance, between, last, last_part, new_run, pictures_html, prompt_words, repaint,
-    picture_latents, same_seed, show_step, show_word, side_by_side, slerp, voila_arguments, watch_attention, word_map,
+    picture_latents, same_seed, show_step, show_word, side_by_side, slerp, voila_arguments, walked_with, watch_attention, word_map, write_notebook,
 )
 from tinydiff.sample import SampleConfig, SampleState, picture_generators, read_settings, start_noise, started
 
@@ -274,7 +275,19 @@ def test_app_is_here_only(tmp_path):
     assert "--Voila.ip=127.0.0.1" in arguments and "--strip_sources=True" in arguments and "--no-browser" in arguments
 
 
-@pytest.mark.parametrize("flags, message", [(["--port", "0"], "port must be"), (["--port", "99999"], "at most 65535"), (["--idle", "0"], "idle must be")])
+def test_app_plays_with_any_model(models, tmp_path, monkeypatch):
+    "A folder by its whole path, wherever the app runs; every sampler that can walk its path."
+    monkeypatch.chdir(tmp_path)
+    models("ddpm").save_pretrained("mine")
+    assert walked_with("tiny") == CHECKPOINTS
+    assert walked_with("mine") == dict.fromkeys(("ddpm", "ddim"), str((tmp_path / "mine").resolve()))
+    write_notebook(tmp_path / "x.ipynb", walked_with("mine"))
+    page = {}
+    exec("".join(json.loads((tmp_path / "x.ipynb").read_text())["cells"][0]["source"]).replace("Playground(", "page = Playground("), page)
+    assert "Error" not in finish(page["page"]) and list(page["page"].models.opened) == [str((tmp_path / "mine").resolve())]
+
+
+@pytest.mark.parametrize("flags, message", [(["--checkpoint", "runs/none"], "there is no folder 'runs/none'"), (["--port", "0"], "port must be"), (["--port", "99999"], "at most 65535"), (["--idle", "0"], "idle must be")])
 def test_app_refuses(flags, message, monkeypatch, capsys):
     from tinydiff import playground
     monkeypatch.setattr(sys, "argv", ["tinydiff-app", *flags])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHECKPOINTS', 'SAMPLER_NAMES', 'SUGGESTIONS', 'Frame', 'PAGE_STYLE', 'INSIDE_STYLE', 'LARGEST_SEED', 'DRAWING',
-           'TITLE', 'INSIDE', 'HERE_ONLY', 'CELL', 'Models', 'surprise', 'side_by_side', 'last', 'walk_with',
+           'TITLE', 'INSIDE', 'HERE_ONLY', 'walked_with', 'Models', 'surprise', 'side_by_side', 'last', 'walk_with',
            'guidance_sweep', 'same_seed', 'slerp', 'between', 'picture_latents', 'last_part', 'repaint',
            'watch_attention', 'layer_name', 'prompt_words', 'Moment', 'Run', 'new_run', 'advance', 'channel_image',
            'show_step', 'word_map', 'heat_image', 'show_word', 'show_words', 'Worker', 'data_url', 'pictures_html',
@@ -42,13 +42,23 @@ from .models.attention import attention_weights
 from .models.clip import CLIPTokenizer
 from .models.unet import UNet
 from tinydiff.sample import (
-    SampleConfig, SampleState, TextToImage, check_counts, choose_device, choose_sampler, guided_context, image_bytes, latent_shape,
-    one_line_errors, pick, picture_generators, picture_settings, read_flags, start_noise, started,
+    FAMILIES, SampleConfig, SampleState, TextToImage, check_counts, choose_device, choose_sampler, guided_context, image_bytes, latent_shape,
+    one_line_errors, part_folders, pick, picture_generators, picture_settings, read_flags, samplers_of, start_noise, started,
 )
+from .stable_diffusion import load_scheduler
 
 # %% ../nbs/14_playground.ipynb #c0da8b26
 CHECKPOINTS = {"flow": "tiny", "heun": "tiny", "ddpm": "tiny-ddpm", "ddim": "tiny-ddpm"}  # which model a sampler walks with
 SAMPLER_NAMES = {"flow": "flow matching, Euler", "heun": "flow matching, Heun", "ddpm": "DDPM", "ddim": "DDIM"}
+
+
+def walked_with(checkpoint: str) -> dict[str, str]:
+    "Such a table for another model: a bundled one, a folder or a hub id, under every sampler of its kind. `tiny`: the table above."
+    if checkpoint == "tiny":
+        return CHECKPOINTS
+    if checkpoint not in FAMILIES and Path(checkpoint).expanduser().is_dir():
+        checkpoint = str(Path(checkpoint).expanduser().resolve())  # an app runs in a folder of its own
+    return dict.fromkeys(samplers_of(load_scheduler(part_folders(checkpoint)["scheduler"])), checkpoint)
 
 
 class Models:
@@ -687,7 +697,7 @@ class Inside(widgets.Tab):
 
 # %% ../nbs/14_playground.ipynb #9ba038a6
 TITLE = """<div class="td-title"><h1>tinydiff playground</h1>
-<p>A sentence goes in, a picture forms. It knows boats, cabins, trees, cars, fish and a few more things, in ten colors, at nine places, in five styles.</p></div>"""
+<p>A sentence goes in, a picture forms. The bundled models know boats, cabins, trees, cars, fish and a few more things, in ten colors, at nine places, in five styles.</p></div>"""
 INSIDE = '<div class="td-note"><h2>A look inside</h2><p>What happened on the way from noise to the picture above, and what could have happened instead.</p></div>'
 
 
@@ -754,12 +764,12 @@ class Playground(Page):
 
 # %% ../nbs/14_playground.ipynb #9a5ea97a
 HERE_ONLY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob: ws:; frame-ancestors 'self'"  # nothing from other machines
-CELL = "from tinydiff.playground import Playground\nPlayground()"
 
 
 @dataclass(frozen=True)
 class AppConfig:
     "Serve the playground on 127.0.0.1."
+    checkpoint: str = "tiny"  # tiny (both bundled models of 64 pixels), another bundled model, a folder, or a model of the Hugging Face hub
     port: int = 8866
     browser: bool = True  # open a browser window
     idle: int = 60  # seconds after which a kernel is ended whose tab was closed
@@ -770,9 +780,10 @@ class AppConfig:
             raise ValueError(f"port must be at most 65535; got {self.port}")
 
 
-def write_notebook(path: Path):
+def write_notebook(path: Path, checkpoints: dict[str, str] = CHECKPOINTS):
     "A notebook with one cell: the playground."
-    cell = {"cell_type": "code", "id": "playground", "source": CELL, "metadata": {}, "outputs": [], "execution_count": None}
+    source = f"from tinydiff.playground import Playground\nPlayground({checkpoints})"
+    cell = {"cell_type": "code", "id": "playground", "source": source, "metadata": {}, "outputs": [], "execution_count": None}
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     path.write_text(json.dumps({"cells": [cell], "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}))
 
@@ -788,11 +799,12 @@ def voila_arguments(config: AppConfig, notebook: Path) -> list[str]:
 def main():
     "The command `tinydiff-app`."
     config = read_flags(AppConfig, "tinydiff-app")
+    checkpoints = walked_with(config.checkpoint)
     try:
         from voila.app import Voila
     except ModuleNotFoundError:
         raise ValueError("tinydiff-app needs voila: pip install 'tinydiff[app]'") from None
     with tempfile.TemporaryDirectory() as folder:
         notebook = Path(folder) / "tinydiff.ipynb"
-        write_notebook(notebook)
+        write_notebook(notebook, checkpoints)
         Voila.launch_instance(voila_arguments(config, notebook), tornado_settings={"headers": {"Content-Security-Policy": HERE_ONLY}})

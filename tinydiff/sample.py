@@ -6,9 +6,9 @@
 __all__ = ['BUNDLED', 'FAMILIES', 'PARTS', 'SAMPLERS', 'PICTURES', 'is_hub_id', 'open_folder', 'part_folder', 'part_folders',
            'latent_shape', 'picture_generators', 'start_noise', 'caption_lines', 'contact_sheet', 'guided_context',
            'guided_prediction', 'model_index', 'Pipeline', 'check_counts', 'check_scale', 'repeat_prompts',
-           'SampleState', 'started', 'Sampler', 'TextToImage', 'pick', 'film_strip', 'choose_sampler', 'is_folder',
-           'SampleConfig', 'first_complaint', 'read_flags', 'picture_settings', 'image_bytes', 'write_image',
-           'read_settings', 'write_images', 'choose_device', 'sample', 'one_line_errors', 'main']
+           'SampleState', 'started', 'Sampler', 'TextToImage', 'pick', 'film_strip', 'samplers_of', 'choose_sampler',
+           'is_folder', 'SampleConfig', 'first_complaint', 'read_flags', 'picture_settings', 'image_bytes',
+           'write_image', 'read_settings', 'write_images', 'choose_device', 'sample', 'one_line_errors', 'main']
 
 # %% ../nbs/12_sample.ipynb #1fdab62d
 import contextlib
@@ -319,11 +319,16 @@ def film_strip(
 SAMPLERS = {"ddpm": {"eta": 1.0}, "ddim": {"eta": 0.0}, "flow": {"solver": "euler"}, "heun": {"solver": "heun"}}
 
 
+def samplers_of(scheduler: Scheduler) -> list[str]:
+    "The samplers that can walk its path."
+    return [sampler for sampler, setting in SAMPLERS.items() if setting.keys() <= scheduler.config.keys()]
+
+
 def choose_sampler(scheduler: Scheduler, name: str | None) -> Scheduler:
     "The same path walked by another sampler: ddpm or ddim, flow (Euler) or heun; None: as it is."
     if name is None:
         return scheduler
-    allowed = [sampler for sampler, setting in SAMPLERS.items() if setting.keys() <= scheduler.config.keys()]
+    allowed = samplers_of(scheduler)
     if name not in allowed:
         raise ValueError(f"this model can be sampled with {' or '.join(allowed)}, not with {name}")
     return dataclasses.replace(scheduler, **SAMPLERS[name])
