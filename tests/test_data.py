@@ -424,6 +424,17 @@ def test_streams_are_shared_by_rank_and_worker(tmp_path, rng, workers, shards):
         assert sorted(seen[0] + seen[1]) == want and min(map(len, seen)) >= 6
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_streams_choose_the_same_captions(tmp_path, rng, workers):
+    "Of several captions of an item, the same one however the items are dealt out."
+    for i in range(12): noise(rng, 4, 4).save(tmp_path / f"{i:02}.png")
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps({"file_name": f"{i:02}.png", "text": [f"{i} {c}" for c in "abcdefgh"]}) + "\n" for i in range(12)))
+    want = {item["caption"] for item in load_captioned_images(str(tmp_path), image_size=8)}
+    seen = {caption for rank in (0, 1) for batch in DataLoader(load_captioned_images(str(tmp_path), image_size=8, streaming=True, rank=rank, world=2), num_workers=workers)
+            for caption in batch["caption"]}
+    assert seen == want
+
+
 def test_sharing_is_for_streams():
     with pytest.raises(ValueError, match="for streaming=True"): load_captioned_images("scenes", shuffle_buffer=5)
     with pytest.raises(ValueError, match=r"rank is 2; it must be in \[0, 2\)"): load_captioned_images("scenes", streaming=True, rank=2, world=2)

@@ -102,11 +102,12 @@ def test_slerp(rng):
     assert torch.allclose(slerp(a, a, 0.7), a)
 
 
-def test_between_ends_at_its_ends(models):
+@pytest.mark.parametrize("scheduler", CHECKPOINTS)
+def test_between_ends_at_its_ends(models, scheduler):
     "The first and the last picture are those of the two prompts and seeds alone."
-    config = asked("a red boat", seed=1)
+    config = asked("a red boat", seed=1, scheduler=scheduler)
     images, captions = last(between(models, config, "a blue balloon", seed=9, pictures=3))
-    ends = [models("flow")(prompt, seed=s, num_inference_steps=3)[0] for prompt, s in (("a red boat", 1), ("a blue balloon", 9))]
+    ends = [models(scheduler)(prompt, seed=s, num_inference_steps=3)[0] for prompt, s in (("a red boat", 1), ("a blue balloon", 9))]
     for image, end in zip((images[0], images[-1]), ends):
         assert max(abs(x - y) for x, y in zip(image.tobytes(), end.tobytes())) <= 1
     assert captions == ["0.00", "0.50", "1.00"]

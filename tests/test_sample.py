@@ -281,6 +281,28 @@ def test_any_text_is_a_prompt(prompt, pipe):
     assert image.size == (16, 16)
 
 
+@pytest.mark.parametrize("wrong", [None, ["a"], ["a", "b"]])
+def test_one_negative_prompt_for_all(pipe, wrong):
+    with pytest.raises(ValueError, match="negative_prompt must be one text"): pipe.stream(["a", "b"], negative_prompt=wrong)
+
+
+def test_half_a_character_is_read_as_a_question_mark(pipe):
+    assert torch.equal(pipe.tokenizer(["a boat \ud83d"]), pipe.tokenizer(["a boat ?"]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(folder, dtype):
+    pipe = TextToImage.from_pretrained(folder).to(dtype)
+    assert pipe("a boat", num_inference_steps=2)[0].size == (16, 16)
+
+
+def test_too_many_pictures_at_once(cli, folder, monkeypatch):
+    def fail(*args, **settings): raise RuntimeError("[enforce fail at alloc_cpu.cpp:125] DefaultCPUAllocator: can't allocate memory")
+    monkeypatch.setattr(TextToImage, "__call__", fail)
+    code, _, said = cli("--prompt", "a", "b", "--num_images", 50, "--checkpoint", folder)
+    assert code == 2 and "100 pictures at once need more memory than cpu has: lower --num_images" in said
+
+
 def test_samplers_of_another_family_are_refused():
     for family, name in [("flow", "ddpm"), ("flow", "ddim"), ("ddpm", "heun"), ("ddpm", "flow"), ("flow", "euler")]:
         with pytest.raises(ValueError, match=f"not with {name}"):

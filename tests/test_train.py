@@ -14,6 +14,7 @@ import traceback
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -133,16 +134,56 @@ def test_stages_one_by_one(base, tmp_path):
     assert same_parts(base, train(read_config(["--resume", "--steps", "3", "--out", str(moved)])), ("vae",))
 
 
-def test_a_finished_run_holds_what_was_trained_together(base, tmp_path):
-    "Resumed on another VAE, it ends with that one."
-    other = train(TrainConfig(**QUICK | dict(stage="vae", seed=5, out=str(tmp_path / "other"))))
+def test_a_run_keeps_its_vae_and_tokenizer(base, tmp_path, monkeypatch, capsys):
+    "Resumed on others, it is refused; the folder stays as it was."
+    other = train(TrainConfig(**QUICK | dict(stage="all", seed=5, out=str(tmp_path / "other"))))
     run = train(on(base, out=str(tmp_path / "run")))
-    assert same_parts(run, base, ("vae",)) and not same_parts(run, other, ("vae",))
-    train(read_config(["--resume", "--vae", str(other), "--steps", "3", "--out", str(run)]))
-    assert same_parts(run, other, ("vae",))
+    before = (run / "run.json").read_bytes()
+    for flag in ("--vae", "--text_encoder"):
+        status, _, said = run_command(monkeypatch, capsys, tinydiff.train.main, "--resume", "--steps", "3", "--out", run, flag, other)
+        assert status == 2 and len(said.strip().splitlines()) == 1 and "began with another VAE or tokenizer" in said
+    assert same_parts(run, base, ("vae",)) and not same_parts(run, other, ("vae",)) and (run / "run.json").read_bytes() == before
 
 
-@pytest.mark.parametrize("change", ["--arch base", "--image_size 32", "--optimizer adamw", "--no_train_text_encoder"])
+def test_the_tokenizer_stays(base, tmp_path):
+    "Whatever pictures a run goes on with: the text encoder's weights belong to the merges that they began with."
+    run = tmp_path / "run"
+    shutil.copytree(base, run)
+    shutil.rmtree(run / "checkpoints/diffusion")
+    merges = (run / "tokenizer/merges.txt").read_bytes()
+    train(read_config(["--resume", "--subset_size", "40", "--clip_steps", "3", "--out", str(run)]))
+    assert (run / "tokenizer/merges.txt").read_bytes() == merges
+    assert (train(TrainConfig(**QUICK | dict(stage="clip", subset_size=40, out=str(tmp_path / "anew")))) / "tokenizer/merges.txt").read_bytes() != merges
+
+
+def test_changed_captions_are_encoded_anew(base, tmp_path, capsys):
+    "The latents of a folder belong to its pictures and captions, not to its name."
+    folder, settings = tmp_path / "mine", QUICK | dict(subset_size=0, batch_size=2, image_size=16, num_workers=0)
+    folder.mkdir()
+    for i in range(4):
+        Image.new("RGB", (16, 16), (60 * i, 0, 0)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text("a red boat")
+    run = train(on(base, **settings | dict(dataset=str(folder), out=str(tmp_path / "run"))))
+    before = load_file(run / "latents.safetensors")["ids"]
+    for i in range(4): (folder / f"{i}.txt").write_text("two blue cars")
+    train(read_config(["--resume", "--steps", "3", "--out", str(run)]))
+    after = load_file(run / "latents.safetensors")["ids"]
+    assert not torch.equal(before[0], after[0]) and "the pictures are not those" in capsys.readouterr().err
+
+
+def test_what_comes_next_is_said(tmp_path, monkeypatch, capsys):
+    "After a stage alone, the stage that follows; a stage that was not finished is named."
+    run = tmp_path / "run"
+    assert "--resume --stage clip --out" in run_command(monkeypatch, capsys, tinydiff.train.main, *flags(TrainConfig(**QUICK | dict(stage="vae"))), "--out", run)[1]
+    assert "--resume --stage diffusion --out" in run_command(monkeypatch, capsys, tinydiff.train.main, "--resume", "--stage", "clip", "--out", run)[1]
+    shutil.rmtree(run / "vae")
+    status, _, said = run_command(monkeypatch, capsys, tinydiff.train.main, "--resume", "--stage", "diffusion", "--out", run)
+    assert status == 2 and f"stage vae in {run} is not finished" in said
+    monkeypatch.setenv("RANK", "1")
+    assert not run_command(monkeypatch, capsys, tinydiff.train.main, "--resume", "--stage", "clip", "--out", run)[1]
+
+
+@pytest.mark.parametrize("change", ["--arch base", "--image_size 32", "--optimizer adamw", "--no_train_text_encoder", "--scheduler ddpm"])
 def test_what_a_resumed_run_cannot_change(base, tmp_path, monkeypatch, capsys, change):
     "One line, and the run can go on as it was."
     run = tmp_path / "run"
@@ -313,13 +354,21 @@ def test_skipped_pictures_are_named_at_the_end(tmp_path, capsys):
 @pytest.mark.parametrize("error, message", [
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "needs more memory.*--batch_size .5.*--grad_accum.*--grad_checkpoint.*--image_size"),
     (RuntimeError("[enforce fail at alloc_cpu.cpp:125] DefaultCPUAllocator: can't allocate memory"), "needs more memory than cpu has"),
+    (SafetensorError("I/O error: File too large (os error 27)"), "could not write into .*File too large.*make room, then go on with --resume"),
 ])
-def test_out_of_memory(base, tmp_path, monkeypatch, capsys, error, message):
+def test_what_ends_a_stage(base, tmp_path, monkeypatch, capsys, error, message):
     def fail(*args): raise error
     monkeypatch.setattr(tinydiff.train.Denoiser, "forward", fail)
     status, _, said = run_command(monkeypatch, capsys, tinydiff.train.main, *flags(on(base)), "--out", tmp_path / "run")
     said = [line for line in said.splitlines() if line.startswith("error: ")]
     assert status == 2 and len(said) == 1 and re.search(message, said[0])
+
+
+def test_compiling_without_a_compiler(base, tmp_path):
+    run = Run(on(base, compile=True), tmp_path, torch.device("cpu"), False)
+    with pytest.raises(ValueError, match="--compile failed .*no compiler.*leave it out with --resume --no_compile --out"), tinydiff.train.explained("diffusion", run):
+        from torch._dynamo.exc import TorchDynamoException
+        raise TorchDynamoException("no compiler\nand a long story")
 
 
 def test_advice_is_the_stage_s(base, tmp_path):

@@ -171,13 +171,13 @@ def skipped_report(data: CaptionedImages, names: int = 5) -> str:
 
 # %% ../nbs/02_data.ipynb #d07e58e2
 class Dealt:
-    "A sequence as a stream, dealt out like cards to `world` processes and to each one's `DataLoader` workers."
+    "A sequence as a stream of (index, row), dealt out like cards to `world` processes and to each one's `DataLoader` workers."
     def __init__(self, rows, rank: int = 0, world: int = 1): self.rows, self.rank, self.world = rows, rank, world
 
     def __iter__(self):
         worker = get_worker_info()
         id, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        return (self.rows[i] for i in range(self.rank * workers + id, len(self.rows), self.world * workers))
+        return ((i, self.rows[i]) for i in range(self.rank * workers + id, len(self.rows), self.world * workers))
 
 # %% ../nbs/02_data.ipynb #e5ac0a0b
 def shuffled(rows, size: int, rng: random.Random):
@@ -201,14 +201,15 @@ def dealt(rows, rank: int, world: int):
 class StreamedImages(ImageItems, IterableDataset):
     """The same items one after another; a row that cannot be read is left out, with a warning.
 
-    In stored order, or mixed by a buffer of `shuffle_buffer` rows, in each epoch in another way.
+    In stored order, or mixed by a buffer of `shuffle_buffer` rows, in each epoch in another way. Of a hub's stream, which
+    does not say where a row stands, the choice among several captions depends on how it is dealt out.
     """
     def __init__(self, rows, read, image_size: int, seed: int = 0, shuffle_buffer: int = 0):
         super().__init__(rows, read, image_size, seed)
         self.shuffle_buffer = shuffle_buffer
 
     def __iter__(self):
-        rows = enumerate(self.rows)
+        rows = iter(self.rows) if isinstance(self.rows, Dealt) else enumerate(self.rows)
         if self.shuffle_buffer: rows = shuffled(rows, self.shuffle_buffer, random.Random(f"{self.seed}-{self.epoch}"))
         for index, row in rows:
             if found := self.read_or_warn(index, row): yield self.item(index, *found)

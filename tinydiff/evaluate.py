@@ -40,7 +40,7 @@ from .data import image_to_tensor, tensor_to_images
 from .models.vae import AutoencoderKL
 from tinydiff.sample import (
     BUNDLED, SAMPLERS, TextToImage, check_counts, check_scale, choose_device, choose_sampler, contact_sheet, guided_context, latent_shape,
-    one_line_errors, pick, read_flags, start_noise, started, write_image,
+    one_line_errors, pick, read_flags, started, write_image,
 )
 from .scenes import COLORS, KINDS, PLACES, RELATIONS, SIZES, STYLES, Scene, Scenes, Thing, caption, is_heldout, parse, render, sample_scene
 from .stable_diffusion import load_weights, read_json, read_weights, write_json
@@ -518,7 +518,7 @@ def draw_pictures(
         for first in batches:
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[first : first + batch_size]]
             context = guided_context(pipe.encode_prompt(prompts[first : first + batch_size]), empty, guidance_scale)
-            latents = start_noise(shape, generators).to(pipe.device)
+            latents = pipe.noise(shape, generators)
             for state in pipe.walk(latents, context, guidance_scale, started(pipe.scheduler, steps), generators):
                 bar.update()
             pictures += pipe.decode(state.latents)
@@ -594,7 +594,7 @@ def score_table(results: dict) -> str:
         model, vae, floor = (f"{results['distances'][name][measure]:.{digits}f}" for name in ("model", "vae", "renders"))
         lines += [f"{measure.upper():16}{model}; renders through the VAE {vae}; as many fresh renders {floor}"]
     near = results["nearest_training_picture"]
-    return "\n".join([*lines, f"{'nearest':16}{near['model']:.3f} to a training picture; fresh renders through the VAE {near['vae']:.3f}"])
+    return "\n".join([*lines, f"{'nearest':16}{near['model']:.3f} to a picture of the default training set; fresh renders through the VAE {near['vae']:.3f}"])
 
 # %% ../nbs/13_evaluate.ipynb #be4dcf52
 @dataclass(frozen=True)
@@ -608,7 +608,7 @@ class EvalConfig:
     images: int = 4  # of each prompt
     seed: int = 0
     reference_pictures: int = 2000  # fresh renders that FID and KID compare with
-    training_pictures: int = 5000  # among which the nearest is looked for
+    training_pictures: int = 5000  # of the scenes that tinydiff-train takes by default, among which the nearest is looked for
     batch_size: int = 32  # pictures drawn at once
     out: str = "scene_eval"  # folder for results.json, failures and figures
     device: str | None = None  # None: an NVIDIA or AMD GPU where there is one

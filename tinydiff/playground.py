@@ -43,7 +43,7 @@ from .models.clip import CLIPTokenizer
 from .models.unet import UNet
 from tinydiff.sample import (
     FAMILIES, SampleConfig, SampleState, TextToImage, check_counts, choose_device, choose_sampler, guided_context, image_bytes, latent_shape,
-    one_line_errors, part_folders, pick, picture_generators, picture_settings, read_flags, samplers_of, start_noise, started,
+    one_line_errors, part_folders, pick, picture_generators, picture_settings, read_flags, samplers_of, started,
 )
 from .stable_diffusion import load_scheduler
 
@@ -145,16 +145,16 @@ def slerp(a: Tensor, b: Tensor, amount: float) -> Tensor:
 
 # %% ../nbs/14_playground.ipynb #617accb8
 def between(models: Models, config: SampleConfig, prompt: str, seed: int, pictures: int = 7) -> Iterator[Frame]:
-    "From one prompt and seed to another: spherical in the noise, linear in the text."
+    "From one prompt and seed to another: spherical in the noise, linear in the text. DDPM's fresh noise is that of the nearer end."
     pipe, amounts = models(config.scheduler), [i / max(pictures - 1, 1) for i in range(pictures)]
     texts = pipe.encode_prompt([config.prompt[0], prompt])
     shape, nothing = latent_shape(pipe.unet, pipe.vae), pipe.encode_prompt([config.negative_prompt])
-    ends = [start_noise(shape, picture_generators(s, 1, 1)) for s in (config.seed, seed)]
 
     def walk(amount):
         context = guided_context(torch.lerp(texts[:1], texts[1:], amount), nothing, config.guidance_scale)
-        generators = picture_generators(config.seed, 1, 1)
-        return pipe.walk(slerp(*ends, amount).to(pipe.device), context, config.guidance_scale, started(pipe.scheduler, config.steps), generators)
+        generators = [picture_generators(s, 1, 1) for s in (config.seed, seed)]
+        noise = slerp(*(pipe.noise(shape, g) for g in generators), amount)
+        return pipe.walk(noise, context, config.guidance_scale, started(pipe.scheduler, config.steps), generators[amount > 0.5])
 
     return side_by_side({f"{amount:.2f}": walk(amount) for amount in amounts}, pipe.decode)
 
@@ -163,7 +163,7 @@ def between(models: Models, config: SampleConfig, prompt: str, seed: int, pictur
 def picture_latents(pipe: TextToImage, image: Image.Image) -> Tensor:
     "A picture of any size as the model's scaled latents, (1, channels, height, width)."
     size = latent_shape(pipe.unet, pipe.vae)[1] * pipe.vae.config.downsample_factor
-    return pipe.vae.encode(image_to_tensor(image, size)[None].to(pipe.device)).mean * pipe.vae.config.scaling_factor
+    return pipe.vae.encode(image_to_tensor(image, size)[None].to(pipe.device, pipe.unet.conv_in.weight.dtype)).mean * pipe.vae.config.scaling_factor
 
 
 def last_part(timesteps: Tensor, strength: float) -> Tensor:
@@ -186,7 +186,7 @@ def repaint(
     clean, scheduler = picture_latents(pipe, image), started(pipe.scheduler, config.steps)
     scheduler.timesteps = last_part(scheduler.timesteps, strength)
     generators = picture_generators(config.seed, 1, 1)
-    noise = start_noise(clean.shape[1:], generators).to(pipe.device)
+    noise = pipe.noise(clean.shape[1:], generators)
     context = guided_context(pipe.encode_prompt(list(config.prompt)), pipe.encode_prompt([config.negative_prompt]), config.guidance_scale)
     anew = None if mask is None else F.interpolate(mask[None, None].float(), clean.shape[2:]).bool().to(pipe.device)
     start, chain = scheduler.add_noise(clean, noise, scheduler.timesteps[0]), [*scheduler.timesteps.tolist(), scheduler.clean_timestep]
@@ -395,7 +395,7 @@ INSIDE_STYLE = """
 .td-inside .lm-TabBar-tab {border-radius: 8px 8px 0 0; flex: 0 1 auto !important; min-width: 70px; padding: 0 14px} .td-inside .lm-TabBar-tab.lm-mod-current {font-weight: 600; color: var(--td)}
 .td-inside .lm-TabBar-tab.lm-mod-current::before {background: var(--td) !important} .td-panel {gap: 8px; overflow: visible; min-height: 170px} .td-row {flex-flow: row wrap; gap: 14px; align-items: center; overflow: visible}
 .td-words .widget-toggle-buttons, .td-words > div {flex-wrap: wrap} .td-words button.jupyter-button {width: auto !important; border-radius: 17px; padding: 0 14px}
-.td-mask {width: 232px; height: 232px; border-radius: 10px; background: #f4f3fc; background-size: cover; cursor: crosshair; touch-action: none}
+.td-mask {width: 232px; height: 232px; border-radius: 10px; background: #f4f3fc; background-size: cover; background-position: center; cursor: crosshair; touch-action: none}
 """
 
 # %% ../nbs/14_playground.ipynb #d1d4f41b

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['BUNDLED', 'FAMILIES', 'PARTS', 'SAMPLERS', 'PICTURES', 'is_hub_id', 'open_folder', 'part_folder', 'part_folders',
            'latent_shape', 'picture_generators', 'start_noise', 'caption_lines', 'contact_sheet', 'guided_context',
-           'guided_prediction', 'model_index', 'Pipeline', 'check_counts', 'check_scale', 'repeat_prompts',
-           'SampleState', 'started', 'Sampler', 'TextToImage', 'pick', 'film_strip', 'samplers_of', 'choose_sampler',
-           'is_folder', 'SampleConfig', 'first_complaint', 'read_flags', 'picture_settings', 'image_bytes',
-           'write_image', 'read_settings', 'write_images', 'choose_device', 'sample', 'one_line_errors', 'main']
+           'guided_prediction', 'model_index', 'Pipeline', 'check_counts', 'check_scale', 'check_negative',
+           'repeat_prompts', 'SampleState', 'started', 'Sampler', 'TextToImage', 'pick', 'film_strip', 'samplers_of',
+           'choose_sampler', 'is_folder', 'SampleConfig', 'first_complaint', 'read_flags', 'picture_settings',
+           'image_bytes', 'write_image', 'read_settings', 'write_images', 'choose_device', 'sample', 'one_line_errors',
+           'main']
 
 # %% ../nbs/12_sample.ipynb #1fdab62d
 import contextlib
@@ -209,6 +210,12 @@ def check_scale(guidance_scale: float):
         raise ValueError(f"guidance_scale must be a finite number; got {guidance_scale!r:.40}")
 
 
+def check_negative(negative_prompt: str):
+    "ValueError for anything but one text; it serves all prompts."
+    if not isinstance(negative_prompt, str):
+        raise ValueError(f"negative_prompt must be one text; got {negative_prompt!r:.60}")
+
+
 def repeat_prompts(prompt: str | list[str], num_images: int) -> list[str]:
     "Every prompt `num_images` times; ValueError where there is none."
     prompts = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, Iterable) else []
@@ -235,6 +242,10 @@ def started(scheduler: Scheduler, num_inference_steps: int) -> Scheduler:
 # %% ../nbs/12_sample.ipynb #bb6f0c28
 class Sampler(Pipeline):
     "The parts of sampling: text to context, noise to latents, latents to pictures (Rombach et al. 2022)."
+
+    def noise(self, shape: tuple[int, ...], generators: list[torch.Generator]) -> Tensor:
+        "`start_noise` on the pipeline's device and in its precision."
+        return start_noise(shape, generators).to(self.device, self.unet.conv_in.weight.dtype)
 
     @torch.no_grad()
     def encode_prompt(self, prompts: list[str]) -> Tensor:  # -> (batch, length, hidden_size)
@@ -281,9 +292,10 @@ class TextToImage(Sampler):
         "Sample, and yield after every call of the model. Bad settings are a ValueError at once, before the first step."
         check_counts(num_inference_steps=num_inference_steps, num_images=num_images)
         check_scale(guidance_scale)
+        check_negative(negative_prompt)
         prompts = repeat_prompts(prompt, num_images)
         generators = picture_generators(seed, num_images, len(prompts))
-        latents = start_noise(latent_shape(self.unet, self.vae, height, width), generators).to(self.device)
+        latents = self.noise(latent_shape(self.unet, self.vae, height, width), generators)
         context = guided_context(self.encode_prompt(prompts), self.encode_prompt([negative_prompt]), guidance_scale)
         return self.walk(latents, context, guidance_scale, started(self.scheduler, num_inference_steps), generators)
 
@@ -446,8 +458,14 @@ def sample(config: SampleConfig) -> Path:
     checkpoint = "tiny-ddpm" if config.checkpoint == "tiny" and config.scheduler in ("ddpm", "ddim") else config.checkpoint
     pipe = TextToImage.from_pretrained(checkpoint, device, config.revision)
     pipe.scheduler = choose_sampler(pipe.scheduler, config.scheduler)
-    images = pipe(list(config.prompt), negative_prompt=config.negative_prompt, num_inference_steps=config.steps, seed=config.seed,
-                  guidance_scale=config.guidance_scale, num_images=config.num_images, height=config.height, width=config.width, progress=True)
+    try:
+        images = pipe(list(config.prompt), negative_prompt=config.negative_prompt, num_inference_steps=config.steps, seed=config.seed,
+                      guidance_scale=config.guidance_scale, num_images=config.num_images, height=config.height, width=config.width, progress=True)
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "alloc" in str(error):
+            raise ValueError(f"{len(config.prompt) * config.num_images} pictures at once need more memory than {device} has: "
+                             "lower --num_images, --height or --width, or ask for fewer prompts") from None
+        raise
     return write_images(images, picture_settings(config), config.out)
 
 # %% ../nbs/12_sample.ipynb #9d860227

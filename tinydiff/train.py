@@ -11,12 +11,12 @@ __all__ = ['RANGES', 'PRESETS', 'ARCHITECTURES', 'CHECKPOINT', 'PACKAGES', 'seed
            'save_checkpoint', 'read_checkpoint', 'load_checkpoint', 'read_metrics', 'forget_after', 'smooth',
            'plot_metrics', 'Run', 'Log', 'EveryCaption', 'collate', 'ignore_signals', 'PixelStage', 'VAEStage',
            'scaling_factor', 'captions_of', 'CLIPStage', 'Parts', 'load_parts', 'make_unet', 'needed_items',
-           'encode_dataset', 'fingerprint', 'read_cache', 'cached_latents', 'EncodedData', 'draw_by_time', 'Denoiser',
-           'OneAhead', 'DiffusionStage', 'stop_signals', 'blame', 'Guard', 'backward', 'recorded', 'parallel',
-           'Progress', 'leave', 'finish', 'fit', 'has_bf16', 'join_processes', 'keep_freed_memory', 'check_shares',
-           'check_image_size', 'check_out', 'processor_name', 'data_fingerprint', 'git_commit', 'describe_run',
-           'with_earlier', 'open_run', 'with_folder', 'with_own_parts', 'open_dataset', 'explained', 'train',
-           'stored_config', 'read_config', 'main']
+           'encode_dataset', 'data_fingerprint', 'parts_fingerprint', 'fingerprint', 'check_same_parts', 'read_cache',
+           'cached_latents', 'EncodedData', 'draw_by_time', 'Denoiser', 'OneAhead', 'DiffusionStage', 'stop_signals',
+           'blame', 'Guard', 'backward', 'recorded', 'parallel', 'Progress', 'leave', 'finish', 'fit', 'has_bf16',
+           'join_processes', 'keep_freed_memory', 'check_shares', 'check_image_size', 'check_out', 'processor_name',
+           'git_commit', 'describe_run', 'with_earlier', 'open_run', 'with_folder', 'with_own_parts', 'open_dataset',
+           'explained', 'train', 'stored_config', 'read_config', 'main']
 
 # %% ../nbs/11_train.ipynb #b8522702
 import argparse
@@ -140,7 +140,7 @@ class RunOptions:
     stage: Literal["vae", "clip", "diffusion", "all"] = "diffusion"
     out: str | None = None  # the run's folder; None: runs/DATASET-SCHEDULER-TIME
     resume: bool = False  # go on with the run in --out
-    seed: int = 0  # of weights, data order and noise
+    seed: int = 0  # of weights, data order and noise, and of which scenes there are
 
 # %% ../nbs/11_train.ipynb #3f914bfa
 @dataclass(frozen=True)
@@ -643,10 +643,19 @@ class CLIPStage(PixelStage):
     def __init__(self, run: Run, dataset: Dataset, arch: Architecture):
         c = run.config
         super().__init__(run, dataset, c.clip_batch_size, c.clip_steps)
-        captions = captions_of(dataset, permutation(len(dataset), c.seed, 0)[:5000].tolist())
-        self.tokenizer = CLIPTokenizer.train(captions, arch.text.vocab_size, arch.text.max_position_embeddings)
+        if checkpoints_in(run.folder / "checkpoints" / "clip") and (run.folder / "tokenizer").is_dir():
+            self.tokenizer = load_tokenizer(run.folder / "tokenizer")  # whatever the data set has become since
+        else:
+            captions = captions_of(dataset, permutation(len(dataset), c.seed, 0)[:5000].tolist())
+            self.tokenizer = CLIPTokenizer.train(captions, arch.text.vocab_size, arch.text.max_position_embeddings)
         arch = sized(arch, c.image_size, len(self.tokenizer.vocab))
         self.model, self.lr = CLIP(arch.text, arch.vision), c.clip_lr
+
+    def start(self, step: int):
+        "The tokenizer is written first: the weights of every checkpoint belong to it."
+        if self.run.rank == 0 and step == 0:
+            write_atomically(self.run.folder / "tokenizer", functools.partial(save_component, self.tokenizer))
+        super().start(step)
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         images, captions = self.pictures(step)
@@ -728,13 +737,34 @@ def encode_dataset(run: Run, dataset: Dataset, parts: Parts, items: Tensor) -> d
             "ids": torch.cat(ids), "first": torch.tensor(counts).cumsum(0)}
 
 # %% ../nbs/11_train.ipynb #acfd37e2
-def fingerprint(config: TrainConfig, parts: Parts, items: Tensor) -> str:
-    "A checksum of all that the encoded data set depends on."
-    names = ("dataset", "split", "image_column", "caption_column", "image_size", "seed", "flip")
-    digest = hashlib.blake2b(repr(([getattr(config, name) for name in names], parts.tokenizer.merges)).encode(), digest_size=16)
-    for tensor in (items, *parts.vae.state_dict().values()):
+def data_fingerprint(dataset: Dataset, looks: int = 32) -> str:
+    "A checksum of a data set's length and of some items evenly spread over it, as they are read."
+    digest = hashlib.blake2b(str(len(dataset)).encode(), digest_size=16)
+    for i in range(0, len(dataset), -(-len(dataset) // looks)):
+        image, captions = dataset.read(i)
+        digest.update(np.asarray(image).tobytes() + repr(captions).encode())
+    return digest.hexdigest()
+
+
+def parts_fingerprint(parts: Parts) -> str:
+    "A checksum of the VAE's weights and the tokenizer's merges: what the UNet cannot do without."
+    digest = hashlib.blake2b(repr(parts.tokenizer.merges).encode(), digest_size=16)
+    for tensor in parts.vae.state_dict().values():
         digest.update(tensor.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def fingerprint(config: TrainConfig, dataset: Dataset, parts: Parts, items: Tensor) -> str:
+    "A checksum of what the encoded data set depends on; of the data set itself, of 32 of its items."
+    settings = (config.image_size, config.seed, config.flip, data_fingerprint(dataset), parts_fingerprint(parts), items.tolist())
+    return hashlib.blake2b(repr(settings).encode(), digest_size=16).hexdigest()
+
+
+def check_same_parts(folder: Path, parts: Parts):
+    "ValueError where stage diffusion of the run in a folder began with another VAE or tokenizer."
+    stage, began = folder / "checkpoints" / "diffusion", folder / "checkpoints" / "parts.txt"
+    if checkpoints_in(stage) and began.is_file() and began.read_text() != parts_fingerprint(parts):
+        raise ValueError(f"stage diffusion in {folder} began with another VAE or tokenizer: name those again, or remove {stage} to begin it anew")
 
 # %% ../nbs/11_train.ipynb #2601d6a7
 def read_cache(path: Path, key: str) -> dict[str, Tensor] | None:
@@ -748,7 +778,7 @@ def read_cache(path: Path, key: str) -> dict[str, Tensor] | None:
 # %% ../nbs/11_train.ipynb #6a2d8323
 def cached_latents(run: Run, dataset: Dataset, parts: Parts, items: Tensor) -> dict[str, Tensor]:
     "`encode_dataset`, from the run's folder if it is there."
-    path, key = run.folder / "latents.safetensors", fingerprint(run.config, parts, items)
+    path, key = run.folder / "latents.safetensors", fingerprint(run.config, dataset, parts, items)
     cached = read_cache(path, key)
     if cached is None:
         cached = encode_dataset(run, dataset, parts, items)
@@ -833,6 +863,10 @@ class DiffusionStage:
     def __init__(self, run: Run, dataset: Dataset, arch: Architecture, parts: Parts):
         c = run.config
         self.run, self.dataset, self.steps, self.lr, self.batch_size, self.parts = run, dataset, c.steps, c.lr, c.batch_size, c.grad_accum
+        check_same_parts(run.folder, parts)
+        if run.rank == 0:
+            (run.folder / "checkpoints").mkdir(exist_ok=True)
+            write_text(run.folder / "checkpoints" / "parts.txt", parts_fingerprint(parts))
         self.vae, self.tokenizer = parts.vae.to(run.device), parts.tokenizer
         self.vae.to(memory_format=torch.channels_last)
         settings = {"weighting_scheme": "logit_normal"} if c.scheduler == "flow" else {"prediction_type": c.prediction_type}
@@ -967,7 +1001,7 @@ class Progress:
         self.bar.set_postfix(**{name: f"{value:.4g}" for name, value in shown.items()}, images_s=f"{pace:.0f}")
 
     def look(self, done: int, model: nn.Module):
-        "Pictures after `done` steps: what the averaged model makes, and in stage diffusion its error at each timestep."
+        "Pictures after `done` steps: what the averaged model makes, and in stage diffusion its error at each timestep since the last look or resumption."
         self.log.picture(self.stage.name, done, self.stage.preview(model))
         if self.stage.name == "diffusion":
             total, count = self.stage.by_time.cpu().clone()
@@ -1089,7 +1123,8 @@ def check_out(config: TrainConfig):
     out = Path(config.out)
     if config.resume:
         before, stages = stored_config(config.out), "*" if config.stage == "all" else config.stage
-        for name, trained in (("arch", stages), ("image_size", stages), ("optimizer", stages), ("train_text_encoder", "diffusion")):
+        for name, trained in (("arch", stages), ("image_size", stages), ("optimizer", stages), ("train_text_encoder", "diffusion"),
+                              ("scheduler", "diffusion"), ("prediction_type", "diffusion")):
             was, now = getattr(before, name), getattr(config, name)
             if was != now and any(out.glob(f"checkpoints/{trained}/[0-9]*")):
                 raise ValueError(f"the run in {out} began with --{name} {was}: it cannot go on with {now}")
@@ -1109,15 +1144,6 @@ def processor_name() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor()
-
-
-def data_fingerprint(dataset: Dataset, looks: int = 32) -> str:
-    "A checksum of a data set's length and of some items evenly spread over it, as they are read."
-    digest = hashlib.blake2b(str(len(dataset)).encode(), digest_size=16)
-    for i in range(0, len(dataset), -(-len(dataset) // looks)):
-        image, captions = dataset.read(i)
-        digest.update(np.asarray(image).tobytes() + repr(captions).encode())
-    return digest.hexdigest()
 
 # %% ../nbs/11_train.ipynb #465e214b
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "safetensors", "tokenizers", "datasets")
@@ -1181,8 +1207,11 @@ def with_folder(config: TrainConfig, world: int = 1) -> TrainConfig:
 def with_own_parts(config: TrainConfig) -> TrainConfig:
     "Stage diffusion builds on what earlier stages made in its folder, where no other VAE and text encoder are named."
     made = {"vae": "vae", "text_encoder": "clip"} if config.stage == "diffusion" else {}
-    return dataclasses.replace(config, **{part: config.out for part, stage in made.items()
-                                          if getattr(config, part) == "tiny" and (Path(config.out) / "checkpoints" / stage).is_dir()})
+    own = {part: stage for part, stage in made.items() if getattr(config, part) == "tiny" and (Path(config.out) / "checkpoints" / stage).is_dir()}
+    for part, stage in own.items():
+        if not (Path(config.out) / part).is_dir():
+            raise ValueError(f"stage {stage} in {config.out} is not finished: tinydiff-train --resume --stage {stage} --out {config.out}")
+    return dataclasses.replace(config, **dict.fromkeys(own, config.out))
 
 # %% ../nbs/11_train.ipynb #3833aa5c
 def open_dataset(config: TrainConfig) -> Dataset:
@@ -1200,8 +1229,12 @@ def explained(stage: str, run: Run) -> Iterator[None]:
     parts, again = ", or keep it and compute it in parts with --grad_accum" * (stage != "clip"), ", add --grad_checkpoint" * (stage == "diffusion")
     try:
         yield
+    except SafetensorError as error:
+        raise OSError(f"stage {stage} could not write into {run.folder} ({error}): make room, then go on with --resume --out {run.folder}") from None
     except (torch.OutOfMemoryError, RuntimeError) as error:
         text = str(error)
+        if run.config.compile and type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+            raise ValueError(f"--compile failed ({text.splitlines()[0]}): leave it out with --resume --no_compile --out {run.folder}") from None
         if isinstance(error, torch.OutOfMemoryError) or "alloc" in text:
             raise ValueError(f"stage {stage} needs more memory than {run.device} has: lower --{size} ({getattr(run.config, size)}){parts}{again}, "
                              f"or lower --image_size; then go on with --resume --out {run.folder}") from None
@@ -1224,6 +1257,8 @@ def train(config: TrainConfig) -> Path:
     named = with_own_parts(config)
     parts = load_parts(named.vae, named.text_encoder, named.unet) if config.stage == "diffusion" else None
     check_image_size(config, arch, parts)
+    if parts:
+        check_same_parts(Path(config.out), parts)
     run = open_run(config, device, rank, world, dataset)  # nothing was written so far
     make = {"vae": lambda: VAEStage(run, dataset, arch), "clip": lambda: CLIPStage(run, dataset, arch),
             "diffusion": lambda: DiffusionStage(run, dataset, arch, parts or load_parts(run.folder, run.folder))}
@@ -1275,8 +1310,12 @@ def read_config(args: list[str]) -> TrainConfig:
 @one_line_errors
 def main():
     "The command `tinydiff-train`."
-    folder = train(read_config(sys.argv[1:]))
-    print(f"{folder} is done. Its pictures are in {folder}/samples; draw more with: tinydiff-sample --checkpoint {folder} --prompt ...")
+    config = read_config(sys.argv[1:])
+    folder = train(config)
+    draw = f"draw more with: tinydiff-sample --checkpoint {folder} --prompt ..."
+    following = {"vae": f"the next stage: tinydiff-train --resume --stage clip --out {folder}", "clip": f"the next stage: tinydiff-train --resume --stage diffusion --out {folder}"}
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"{folder} is done. Its pictures are in {folder}/samples; {following.get(config.stage, draw)}")
 
 
 if __name__ == "__main__" and "__file__" in globals():

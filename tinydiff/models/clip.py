@@ -66,6 +66,7 @@ class CLIPTokenizer:
         return cls(*train_merges(captions, vocab_size), max_length)
 
     def __call__(self, captions: list[str]) -> Tensor:  # -> (batch, max_length), int64
+        captions = [c.encode("utf-8", "replace").decode() for c in captions]  # half of a surrogate pair is no text
         ids = torch.full((len(captions), self.max_length), self.end_id)
         ids[:, 0] = self.start_id
         for row, encoding in zip(ids, self.tokenizer.encode_batch(captions, add_special_tokens=False)):
