@@ -861,5 +861,9 @@ def test_metrics_are_drawn(base, tmp_path):
 
 def test_tensorboard(base, tmp_path):
     pytest.importorskip("tensorboard")
-    run = train(on(base, tensorboard=True, out=str(tmp_path / "run")))
-    assert any((run / "tensorboard").iterdir())
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    run = train(on(base, tensorboard=True, steps=4, checkpoint_every=2, out=str(tmp_path / "run")))
+    shutil.rmtree(run / "checkpoints/diffusion/0000004")
+    train(read_config(["--resume", "--out", str(run)]))
+    board = EventAccumulator(str(run / "tensorboard/diffusion")).Reload()
+    assert [event.step for event in board.Scalars("diffusion/loss")] == [1, 2, 3, 4]

@@ -515,11 +515,11 @@ class Run:
 class Log:
     "metrics.jsonl, the pictures in samples/, and TensorBoard where asked; silent in all processes but the first."
 
-    def __init__(self, run: Run):
+    def __init__(self, run: Run, stage: str = "", first: int = 0):
         self.folder, self.silent, self.board = run.folder, run.rank > 0, None
         if run.config.tensorboard and not self.silent:
             from torch.utils.tensorboard import SummaryWriter
-            self.board = SummaryWriter(str(run.folder / "tensorboard"))
+            self.board = SummaryWriter(str(run.folder / "tensorboard" / stage), purge_step=first + 1)  # those after `first` are made again
 
     def record(self, stage: str, step: int, **numbers: float):
         if self.silent:
@@ -988,7 +988,7 @@ class Progress:
     "The bar and the log: the same numbers for both, and pictures a second since the last report."
 
     def __init__(self, stage, run: Run, first: int):
-        self.stage, self.run, self.log, self.step, self.time = stage, run, Log(run), first, time.perf_counter()
+        self.stage, self.run, self.log, self.step, self.time = stage, run, Log(run, stage.name, first), first, time.perf_counter()
         self.bar = tqdm(total=stage.steps, initial=first, desc=stage.name, disable=run.rank > 0)
 
     def report(self, done: int, loss: Tensor, numbers: dict[str, Tensor], **others: float):
