@@ -14,7 +14,7 @@ from tinydiff.models.clip import CLIPTextConfig, CLIPTextEncoder, CLIPTokenizer
 from tinydiff.models.unet import UNet, UNetConfig
 from tinydiff.models.vae import AutoencoderKL, VAEConfig
 from tinydiff.sample import (
-    BUNDLED, FAMILIES, SampleConfig, TextToImage, contact_sheet, choose_device, choose_sampler, film_strip, guided_context, is_hub_id,
+    BUNDLED, UNETS, SampleConfig, TextToImage, contact_sheet, choose_device, choose_sampler, film_strip, guided_context, is_hub_id,
     latent_shape, main, one_line_errors, part_folder, pick, picture_generators, read_settings, sample, start_noise, started,
 )
 from tinydiff.schedulers.flow_matching import make_scheduler
@@ -340,7 +340,7 @@ def test_a_folder_comes_before_the_hub(folder, monkeypatch, tmp_path):
 
 
 def test_what_is_missing_is_named(folder, tmp_path):
-    with pytest.raises(FileNotFoundError, match="neither a folder, nor a hub id, nor one of tiny, tiny-ddpm"):
+    with pytest.raises(FileNotFoundError, match="neither a folder, nor a hub id, nor one of tiny, tiny-ddpm, tiny-128"):
         TextToImage.from_pretrained("huge")
     (tmp_path / "unet").mkdir()
     with pytest.raises(FileNotFoundError, match="not a complete checkpoint: vae, text_encoder, tokenizer, scheduler missing"):
@@ -353,12 +353,12 @@ def test_parts_that_do_not_fit_make_no_pipeline(pipe, rng):
         TextToImage(other, pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.scheduler)
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if (BUNDLED / FAMILIES[name] / "unet").is_dir()])
+@pytest.mark.parametrize("name", UNETS)
 def test_bundled_models_draw(name):
-    pipe = TextToImage.from_pretrained(name)
-    assert type(pipe.scheduler) is type(make_scheduler(FAMILIES[name]))
+    pipe, size = TextToImage.from_pretrained(name), (128, 128) if name == "tiny-128" else (64, 64)
+    assert type(pipe.scheduler) is type(make_scheduler(UNETS[name].split("-")[0]))
     a, b = pipe([PROMPTS[0], PROMPTS[1]], num_inference_steps=4)
-    assert a.size == (64, 64) and apart(a, b) > 30 and pixels(a).float().std() > 10
+    assert a.size == size and apart(a, b) > 30 and pixels(a).float().std() > 10
 
 
 # --- pictures of pictures

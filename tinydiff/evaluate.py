@@ -600,7 +600,7 @@ def score_table(results: dict) -> str:
 @dataclass(frozen=True)
 class EvalConfig:
     "SceneEval: does the picture show what the prompt said? Several values of the first four settings: every combination."
-    checkpoint: tuple[str, ...] = ("tiny",)  # tiny, tiny-ddpm, a folder, a model of the hub, or a run's checkpoints/diffusion/STEP/ema.safetensors
+    checkpoint: tuple[str, ...] = ("tiny",)  # tiny, tiny-ddpm, tiny-128, a folder, a model of the hub, or a run's checkpoints/diffusion/STEP/ema.safetensors
     scheduler: tuple[Literal["ddpm", "ddim", "flow", "heun"], ...] = ()  # none: the checkpoint's own
     steps: tuple[int, ...] = (25,)
     guidance_scale: tuple[float, ...] = (4.0,)  # 1: none

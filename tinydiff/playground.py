@@ -42,7 +42,7 @@ from .models.attention import attention_weights
 from .models.clip import CLIPTokenizer
 from .models.unet import UNet
 from tinydiff.sample import (
-    FAMILIES, SampleConfig, SampleState, TextToImage, check_counts, choose_device, choose_sampler, guided_context, image_bytes, latent_shape,
+    UNETS, SampleConfig, SampleState, TextToImage, check_counts, choose_device, choose_sampler, guided_context, image_bytes, latent_shape,
     one_line_errors, part_folders, pick, picture_generators, picture_settings, read_flags, samplers_of, started,
 )
 from .stable_diffusion import load_scheduler
@@ -56,7 +56,7 @@ def walked_with(checkpoint: str) -> dict[str, str]:
     "Such a table for another model: a bundled one, a folder or a hub id, under every sampler of its kind. `tiny`: the table above."
     if checkpoint == "tiny":
         return CHECKPOINTS
-    if checkpoint not in FAMILIES and Path(checkpoint).expanduser().is_dir():
+    if checkpoint not in UNETS and Path(checkpoint).expanduser().is_dir():
         checkpoint = str(Path(checkpoint).expanduser().resolve())  # an app runs in a folder of its own
     return dict.fromkeys(samplers_of(load_scheduler(part_folders(checkpoint)["scheduler"])), checkpoint)
 
@@ -769,7 +769,7 @@ HERE_ONLY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob: ws:; f
 @dataclass(frozen=True)
 class AppConfig:
     "Serve the playground on 127.0.0.1."
-    checkpoint: str = "tiny"  # tiny (both bundled models of 64 pixels), another bundled model, a folder, or a model of the Hugging Face hub
+    checkpoint: str = "tiny"  # tiny (both bundled models of 64 pixels), tiny-128, a folder, or a model of the Hugging Face hub (organization/name)
     port: int = 8866
     browser: bool = True  # open a browser window
     idle: int = 60  # seconds after which a kernel is ended whose tab was closed
