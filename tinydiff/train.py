@@ -11,12 +11,12 @@ __all__ = ['RANGES', 'PRESETS', 'ARCHITECTURES', 'CHECKPOINT', 'PACKAGES', 'seed
            'save_checkpoint', 'read_checkpoint', 'load_checkpoint', 'read_metrics', 'forget_after', 'smooth',
            'plot_metrics', 'Run', 'Log', 'EveryCaption', 'collate', 'ignore_signals', 'PixelStage', 'VAEStage',
            'scaling_factor', 'captions_of', 'CLIPStage', 'Parts', 'load_parts', 'make_unet', 'needed_items',
-           'encode_dataset', 'data_fingerprint', 'parts_fingerprint', 'fingerprint', 'check_same_parts', 'read_cache',
-           'cached_latents', 'EncodedData', 'draw_by_time', 'Denoiser', 'OneAhead', 'DiffusionStage', 'stop_signals',
-           'blame', 'Guard', 'backward', 'recorded', 'parallel', 'Progress', 'leave', 'finish', 'fit', 'has_bf16',
-           'join_processes', 'keep_freed_memory', 'check_shares', 'check_image_size', 'check_out', 'processor_name',
-           'git_commit', 'describe_run', 'with_earlier', 'open_run', 'with_folder', 'with_own_parts', 'open_dataset',
-           'explained', 'train', 'stored_config', 'read_config', 'main']
+           'encode_dataset', 'data_fingerprint', 'parts_fingerprint', 'fingerprint', 'check_same_parts',
+           'remember_parts', 'read_cache', 'cached_latents', 'EncodedData', 'draw_by_time', 'Denoiser', 'OneAhead',
+           'DiffusionStage', 'stop_signals', 'blame', 'Guard', 'backward', 'recorded', 'parallel', 'Progress', 'leave',
+           'finish', 'fit', 'has_bf16', 'join_processes', 'keep_freed_memory', 'check_shares', 'check_image_size',
+           'check_out', 'processor_name', 'git_commit', 'describe_run', 'with_earlier', 'open_run', 'with_folder',
+           'with_own_parts', 'open_dataset', 'explained', 'train', 'stored_config', 'read_config', 'main']
 
 # %% ../nbs/11_train.ipynb #b8522702
 import argparse
@@ -766,6 +766,14 @@ def check_same_parts(folder: Path, parts: Parts):
     if checkpoints_in(stage) and began.is_file() and began.read_text() != parts_fingerprint(parts):
         raise ValueError(f"stage diffusion in {folder} began with another VAE or tokenizer: name those again, or remove {stage} to begin it anew")
 
+
+def remember_parts(run: Run, parts: Parts):
+    "Note in the run's folder with which parts stage diffusion begins, where it did not begin with others."
+    check_same_parts(run.folder, parts)
+    if run.rank == 0:
+        (run.folder / "checkpoints").mkdir(exist_ok=True)
+        write_text(run.folder / "checkpoints" / "parts.txt", parts_fingerprint(parts))
+
 # %% ../nbs/11_train.ipynb #2601d6a7
 def read_cache(path: Path, key: str) -> dict[str, Tensor] | None:
     "The tensors of a file that was written under this key; None where it is missing, damaged, or made from something else."
@@ -863,10 +871,7 @@ class DiffusionStage:
     def __init__(self, run: Run, dataset: Dataset, arch: Architecture, parts: Parts):
         c = run.config
         self.run, self.dataset, self.steps, self.lr, self.batch_size, self.parts = run, dataset, c.steps, c.lr, c.batch_size, c.grad_accum
-        check_same_parts(run.folder, parts)
-        if run.rank == 0:
-            (run.folder / "checkpoints").mkdir(exist_ok=True)
-            write_text(run.folder / "checkpoints" / "parts.txt", parts_fingerprint(parts))
+        remember_parts(run, parts)
         self.vae, self.tokenizer = parts.vae.to(run.device), parts.tokenizer
         self.vae.to(memory_format=torch.channels_last)
         settings = {"weighting_scheme": "logit_normal"} if c.scheduler == "flow" else {"prediction_type": c.prediction_type}
