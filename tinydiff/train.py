@@ -625,7 +625,7 @@ class VAEStage(PixelStage):
 # %% ../nbs/11_train.ipynb #d30612fe
 @torch.no_grad()
 def scaling_factor(vae: AutoencoderKL, images: Tensor) -> float:
-    "What latents are multiplied with so that their standard deviation is 1 (Rombach et al. 2022, appendix D.1), from samples' variance."
+    "What latents are multiplied with so that their standard deviation is 1 (Rombach et al. 2022, appendix G), from samples' variance."
     posteriors = [vae.encode(part) for part in images.split(32)]
     mean, logvar = (torch.cat([getattr(p, name) for p in posteriors]) for name in ("mean", "logvar"))
     return round(1 / (mean.var() + logvar.exp().mean()).sqrt().item(), 5)

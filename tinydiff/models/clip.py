@@ -184,7 +184,7 @@ class CLIPVisionConfig:
 
 # %% ../../nbs/09_clip.ipynb #97b28d29
 class ImageEncoder(nn.Module):
-    "CLIP's image tower: a vision transformer (Dosovitskiy et al. 2021) over patches, and one class token that reads them."
+    "A vision transformer (Dosovitskiy et al. 2021) over patches, and one class token that reads them: CLIP's image tower without its first norm."
 
     def __init__(self, config: CLIPVisionConfig = CLIPVisionConfig()):
         super().__init__()

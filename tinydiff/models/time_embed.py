@@ -19,7 +19,7 @@ def sinusoidal_embedding(
 ) -> Tensor:  # (batch, dim), float32: cosines first, then sines
     """Cosines and sines of `timesteps` at `dim / 2` frequencies, in float32 whatever comes in.
 
-    Frequencies fall geometrically from 1 to 1 / `max_period` (Vaswani et al. 2017, section 3.5;
+    Frequencies fall geometrically from 1 to almost 1 / `max_period` (Vaswani et al. 2017, section 3.5;
     cosines first and no frequency shift, as in Stable Diffusion). An odd `dim` is a ValueError.
     """
     if dim < 2 or dim % 2:
