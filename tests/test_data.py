@@ -43,6 +43,8 @@ def vizwiz_caption(pictures):
     return [{"image_id": str(i), "image": p, "caption": captions_of(i)} for i, p in enumerate(pictures)]
 
 SCHEMAS = {f.__name__: f for f in (flickr30k, flickr8k, coco, coco_captions, vizwiz_caption)}
+THEIR_SPLITS = {"flickr30k": "train validation test", "flickr8k": "train validation test", "coco": "train validation",
+                "coco_captions": "train validation test", "vizwiz_caption": "val test"}
 
 
 def write_repo(folder, rows, split):
@@ -57,7 +59,8 @@ def repos(tmp_path, monkeypatch, rng):
     "`DATASETS` with every repository replaced by a local folder of four pictures a split; and those pictures."
     pictures = {}
     for name, rows in SCHEMAS.items():
-        for split, theirs in DATASETS[name].splits.items():
+        for theirs in THEIR_SPLITS[name].split():
+            split = {"val": "validation"}.get(theirs, theirs)
             pictures[name, split] = [noise(rng) for _ in range(4)]
             write_repo(tmp_path / name, rows(pictures[name, split]), theirs)
         monkeypatch.setitem(DATASETS, name, replace(DATASETS[name], repo=str(tmp_path / name)))
@@ -119,7 +122,15 @@ def test_columns_can_be_overridden(tmp_path, monkeypatch, rng):
     assert captions == ["yes"] and np.array_equal(np.asarray(image), np.asarray(rows[1]["other"]))
 
 
-@pytest.mark.filterwarnings("ignore:item")
+@pytest.mark.parametrize("column, complaint", [("id", "column 'id' holds no pictures; choose one with image_column"), ("url", "column 'url' holds addresses: download")])
+def test_a_column_without_pictures(tmp_path, rng, column, complaint):
+    rows = [{"image": noise(rng), "id": i, "url": f"https://example.org/{i}.jpg", "text": "a"} for i in range(2)]
+    with pytest.raises(ValueError, match=complaint) as e:
+        load_captioned_images(write_repo(tmp_path / "repo", rows, "train"), image_column=column, cache_dir=str(tmp_path / "cache"))
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.filterwarnings("ignore:item", "ignore:2 of")
 def test_broken_rows_of_a_repository(tmp_path, monkeypatch, rng):
     datasets = pytest.importorskip("datasets")
     folder = tmp_path / "repo"
@@ -133,6 +144,7 @@ def test_broken_rows_of_a_repository(tmp_path, monkeypatch, rng):
     with pytest.warns(UserWarning, match="item 1 skipped"): assert items[1]["caption"] in captions_of(3)
     with pytest.warns(UserWarning, match="item 2 skipped: no caption"):
         stream = list(load_captioned_images("flickr30k", streaming=True))
+    with pytest.warns(UserWarning, match="2 of the 4 items of this stream skipped"): list(load_captioned_images("flickr30k", streaming=True))
     assert [item["caption"][-1] for item in stream] == ["0", "3"]
 
 
@@ -347,6 +359,9 @@ def odd_files(rng):
         "rgba": (saved(clear, format="PNG"), Image.new("RGB", (24, 24), "white")), "rotated": (saved(turned, format="PNG", exif=turned.getexif()), plain),
         "one pixel high": (saved(pixels, format="PNG"), pixels), "one pixel": (saved(pixels.crop((0, 0, 1, 1)), format="PNG"), pixels),
         "1 bit": (saved(Image.new("1", (9, 9), 1), format="PNG"), Image.new("RGB", (9, 9), "white")),
+        "float": (saved(Image.fromarray(np.asarray(gray, dtype=np.float32) / 255), format="TIFF"), gray.convert("RGB")),
+        "float to 255": (saved(Image.fromarray(np.asarray(gray, dtype=np.float32)), format="TIFF"), gray.convert("RGB")),
+        "of an unknown format": (b"DDS " + bytes([124, 0, 0, 0, 7, 16]) + bytes(66) + bytes([32, 0, 0, 0, 4, 0, 0, 0]) + b"XXXX" + bytes(40), None),
         "truncated": (whole[: len(whole) // 2], None), "empty": (b"", None), "html": (b"<html>404</html>", None),
         "huge": (saved(Image.new("1", (20_000, 10_000)), format="PNG"), None),  # 200 million pixels in a small file: a decompression bomb
     }
@@ -371,9 +386,9 @@ def test_odd_files_of_a_repository(tmp_path, monkeypatch, rng):
     assert not items.skipped.any() and skipped_report(items) == ""
     for batch in DataLoader(items, batch_size=3, num_workers=2):
         assert batch["pixel_values"].isfinite().all() and all(c.rsplit(" ", 1)[0] in good for c in batch["caption"])
-    report = skipped_report(items)
-    assert items.skipped.sum() == len(rows) - len(good) == 8 and f"8 of {len(rows)} items skipped" in report
-    assert "runcated" in report and "bomb" in report and "no caption" in report and "..." in report and len(report.splitlines()) == 7
+    report = skipped_report(items, names=6)
+    assert items.skipped.sum() == len(rows) - len(good) == 9 and f"9 of {len(rows)} items skipped" in report
+    assert "runcated" in report and "bomb" in report and "no caption" in report and "..." in report and len(report.splitlines()) == 8
     stream = load_captioned_images("flickr30k", image_size=16, streaming=True, shuffle_buffer=4)
     assert sorted(item["caption"].rsplit(" ", 1)[0] for item in stream) == sorted(good)
 

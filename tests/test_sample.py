@@ -3,6 +3,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -512,6 +513,9 @@ def test_devices():
     assert choose_device().type in ("cpu", "cuda")
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="no device 'cuda'"): choose_device("cuda")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="no memory is left on device cpu"):
+        patch.setattr(torch, "zeros", Mock(side_effect=torch.OutOfMemoryError))
+        choose_device("cpu")
 
 
 def test_the_installed_command(folder, tmp_path):

@@ -1,5 +1,6 @@
 "Training: every stage learns, stops and goes on as if it had never stopped; mistakes cost one line; what it writes can be sampled from."
 import dataclasses
+import errno
 import json
 import math
 import multiprocessing
@@ -256,6 +257,23 @@ def test_damaged_checkpoint(base, tmp_path, capsys, damage):
     assert_same_run(whole, resumed, "diffusion", 6)
 
 
+def test_no_checkpoint_can_be_read(base, tmp_path):
+    "A run does not begin anew by itself, and its records stay."
+    run = train(on(base, steps=4, checkpoint_every=2, out=str(tmp_path / "run")))
+    for file in run.glob("checkpoints/diffusion/*/model.safetensors"): file.write_bytes(b"")
+    with pytest.raises(ValueError, match="no checkpoint in .*diffusion can be read: remove the folder to begin the stage anew"):
+        train(read_config(["--resume", "--out", str(run)]))
+    assert len(read_metrics(run)) == 4
+
+
+def test_a_step_is_saved_before_it_is_drawn(base, tmp_path, monkeypatch):
+    "A picture that fails loses nothing."
+    monkeypatch.setattr(tinydiff.train.DiffusionStage, "preview", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(on(base, steps=3, checkpoint_every=2, sample_every=2, out=str(tmp_path / "run")))
+    assert (tmp_path / "run/checkpoints/diffusion/0000002").is_dir()
+
+
 def test_full_disk(base, tmp_path, capfd):
     "A file that cannot be written to its end: one line, the checkpoint before stays, and the run goes on from it to the same end."
     config = on(base, steps=9, checkpoint_every=3)
@@ -302,7 +320,7 @@ def by_two(config):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     children = [fork_rank(config, rank, 2, port) for rank in (0, 1)]
-    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
 @pytest.mark.parametrize("stage", ["vae", "clip", "diffusion"])
@@ -315,13 +333,48 @@ def test_two_processes_are_like_one(base, tmp_path, stage, optimizer, close):
     parts = dict(vae=str(base), text_encoder=str(base)) if stage == "diffusion" else {}
     config = TrainConfig(**QUICK | dict(stage=stage, optimizer=optimizer, steps=8, vae_steps=8, clip_steps=8, batch_size=6, vae_batch_size=6, clip_batch_size=6, flip=True, checkpoint_every=4) | parts)
     one = train(dataclasses.replace(config, out=str(tmp_path / "one")))
-    by_two(dataclasses.replace(config, out=str(tmp_path / "two")))
+    assert by_two(dataclasses.replace(config, out=str(tmp_path / "two"))) == [0, 0]
     shutil.rmtree(tmp_path / "two/checkpoints" / stage / "0000008")
     both = [[r["loss"] for r in read_metrics(run)] for run in (one, tmp_path / "two")]
     resumed = train(read_config(["--resume", "--out", str(tmp_path / "two")]))
     both.append([r["loss"] for r in read_metrics(resumed)])
     assert [len(losses) for losses in both] == [8, 8, 8] and len(set(both[0])) == 8
     assert both[1] == pytest.approx(both[0], abs=close) and both[2] == pytest.approx(both[0], abs=close)
+
+
+def test_two_processes_stop_at_once(base, tmp_path, monkeypatch, capfd):
+    "A signal that one of them hears stops both after that step, however rarely they report."
+    see = Guard.see
+    monkeypatch.setattr(Guard, "see", lambda guard, step, *rest: (see(guard, step, *rest), step == 2 and guard.run.rank and os.kill(os.getpid(), signal.SIGTERM)))
+    config = on(base, steps=50, batch_size=6, log_every=50, checkpoint_every=50, sample_every=50, out=str(tmp_path / "run"))
+    assert by_two(config) == [1, 1]  # fork_rank's status for an exception, here SystemExit(0)
+    said = capfd.readouterr().err
+    assert said.count("stopped and saved after step 3 of 50") == 1 and said.count("SystemExit: 0") == 2
+    assert [path.name for path in (tmp_path / "run/checkpoints/diffusion").iterdir()] == ["0000003"]
+
+
+def test_two_processes_share_the_encoding(base, tmp_path, monkeypatch):
+    "Each encodes half of the pictures; the file is what one process would have written, and what was skipped by either is named."
+    folder, encode = picture_folder(tmp_path / "data", count=11, captions=2), tinydiff.train.encode_dataset
+    config = on(base, dataset=str(folder), subset_size=0, batch_size=6, steps=2)
+    train(dataclasses.replace(config, out=str(tmp_path / "one")))
+    monkeypatch.setattr(tinydiff.train, "encode_dataset", lambda run, dataset, parts, items: (tmp_path / f"saw-{run.rank}").write_text(str(len(items))) and encode(run, dataset, parts, items))
+    assert by_two(dataclasses.replace(config, out=str(tmp_path / "two"))) == [0, 0]
+    assert [(tmp_path / f"saw-{rank}").read_text() for rank in (0, 1)] == ["6", "5"]
+    one, two = (load_file(tmp_path / name / "latents.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys() and torch.equal(one["ids"], two["ids"]) and torch.equal(one["first"], two["first"])
+    torch.testing.assert_close(one["moments"], two["moments"], rtol=0, atol=2e-3)  # other batches, and half precision
+    assert not list((tmp_path / "two").glob("latents-*"))
+
+
+def test_what_either_process_skipped_is_named(tmp_path, monkeypatch, capfd):
+    folder = picture_folder(tmp_path / "data", count=8)
+    for i in (2, 3): (folder / f"{i}.png").write_bytes(b"<html>")
+    monkeypatch.setattr(tinydiff.train.VAEStage, "finish", lambda stage, model: None)  # it looks at all pictures once more
+    config = TrainConfig(**QUICK | dict(stage="vae", dataset=str(folder), subset_size=0, vae_batch_size=8, vae_steps=1, sample_every=9, out=str(tmp_path / "run")))
+    monkeypatch.setattr(tinydiff.train.Progress, "look", lambda *args: None)
+    monkeypatch.setattr(tinydiff.train, "data_fingerprint", lambda dataset: "")  # so does this
+    assert by_two(config) == [0, 0] and "2 of 8 items skipped" in capfd.readouterr().err
 
 
 def test_run_record(base, tmp_path):
@@ -353,7 +406,10 @@ def test_skipped_pictures_are_named_at_the_end(tmp_path, capsys):
 
 @pytest.mark.parametrize("error, message", [
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "needs more memory.*--batch_size .5.*--grad_accum.*--grad_checkpoint.*--image_size"),
-    (RuntimeError("[enforce fail at alloc_cpu.cpp:125] DefaultCPUAllocator: can't allocate memory"), "needs more memory than cpu has"),
+    *((RuntimeError(text), "needs more memory than cpu has") for text in (
+        "[enforce fail at alloc_cpu.cpp:125] DefaultCPUAllocator: can't allocate memory", "CUDA error: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)")),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out of shared memory."), "process that reads pictures was killed.*lower --num_workers"),
+    (OSError(errno.ENOSPC, "No space left on device"), "could not write into .*make room, then go on with --resume"),
     (SafetensorError("I/O error: File too large (os error 27)"), "could not write into .*File too large.*make room, then go on with --resume"),
 ])
 def test_what_ends_a_stage(base, tmp_path, monkeypatch, capsys, error, message):
@@ -657,9 +713,9 @@ def test_cuda_graphs_are_recorded_for_what_the_loop_calls(base, tmp_path, monkey
     monkeypatch.setattr(tinydiff.train, "parallel", lambda stage, model, run: own.append(model) or parallel(stage, model, run))
     monkeypatch.setattr(tinydiff.train, "join_processes", lambda config: (torch.device("cpu"), 0, 1))  # as if it were a GPU
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
-    plain = train(on(base, grad_accum=5, out=str(tmp_path / "plain")))
-    graphs = train(on(base, grad_accum=5, cuda_graphs=True, out=str(tmp_path / "graphs")))
-    assert len(seen) == 1 and called == seen * 10  # two steps of five parts; not the pictures
+    plain = train(on(base, out=str(tmp_path / "plain")))
+    graphs = train(on(base, cuda_graphs=True, out=str(tmp_path / "graphs")))
+    assert len(seen) == 1 and called == seen * 2  # two steps; not the pictures
     assert not any("forward" in vars(model) for model in own)
     assert not differences(plain, graphs, "diffusion")
 
@@ -717,6 +773,7 @@ BAD = {
     "device": (["--device", "gpu"], "no device 'gpu'"),
     "graphs without a GPU": (["--cuda_graphs"], "--cuda_graphs needs an NVIDIA GPU"),
     "graphs and compile": (["--cuda_graphs", "--compile"], "--cuda_graphs goes neither with --compile"),
+    "graphs and parts": (["--cuda_graphs", "--grad_accum", "2"], "--cuda_graphs goes neither with .* nor with --grad_accum"),
     "no VAE": (["--vae", "/nowhere"], "/nowhere"),
     "not a checkpoint": (["--vae", "EMPTY"], "config.json is missing"),
     "half a checkpoint": (["--text_encoder", "HALF"], "tokenizer"),

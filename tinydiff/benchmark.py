@@ -7,11 +7,11 @@ __all__ = ['PEAKS', 'Task', 'CLIP_KEYS', 'ADD_COMPILE', 'RUNGS', 'TASKS', 'COLUM
            'flops', 'peak_flops', 'peak_memory', 'BenchmarkConfig', 'diffusers_twin', 'transformers_twin', 'twins',
            'answer', 'unet_inputs', 'training', 'Case', 'cases', 'unet_loss', 'unet_cases', 'posterior', 'pictures',
            'vae_loss', 'vae_cases', 'clip_loss', 'clip_cases', 'compiled_cases', 'quietly', 'prediction_cases', 'draw',
-           'flow_scheduler', 'sampling_cases', 'loading_cases', 'caching_cases', 'why_not', 'climbed', 'ladder_cases',
-           'card', 'add_gains', 'measure', 'benchmark', 'table', 'main']
+           'flow_scheduler', 'sampling_cases', 'read_photo', 'photo', 'loading_cases', 'caching_cases', 'why_not',
+           'climbed', 'ladder_cases', 'card', 'add_gains', 'measure', 'benchmark', 'table', 'main']
 
 # %% ../nbs/16_benchmark.ipynb #4ad6c329
-import copy, ctypes, dataclasses, functools, gc, json, re, statistics, tempfile, time
+import copy, ctypes, dataclasses, functools, gc, io, json, re, statistics, tempfile, time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-from .data import load_captioned_images
+from .data import CaptionedImages, load_captioned_images
 from .models.clip import CLIP, contrastive_loss
 from .models.unet import UNet
 from .models.vae import AutoencoderKL
@@ -126,6 +127,7 @@ class BenchmarkConfig:
     def open(self) -> Run:
         "The device, and whether its autocast is on."
         device = choose_device(self.device)
+        if device.index is not None: torch.cuda.set_device(device)
         return Run(TrainConfig(), Path(), device, has_bf16(device) if self.precision == "auto" else self.precision == "bf16")
 
 # %% ../nbs/16_benchmark.ipynb #05f57478
@@ -200,6 +202,7 @@ class Case:
     images: int  # pictures that one call deals with
     bf16: bool  # its precision, and so its ceiling
     flop: int | None = None  # operations of one call; None: they are counted
+    allocates: bool = True  # False: its memory was taken before the call, which cannot be measured
 
 
 def cases(ours: nn.Module, make: Callable[[nn.Module], Callable], images: int, run: Run) -> dict[str, Case]:
@@ -313,12 +316,26 @@ def sampling_cases(c: BenchmarkConfig, run: Run) -> dict[str, Case]:
     return {name: Case(call(name), c.num_images, run.bf16) for name in unets}
 
 # %% ../nbs/16_benchmark.ipynb #32850750
+def read_photo(jpeg: bytes):
+    "A picture and its caption."
+    return Image.open(io.BytesIO(jpeg)), ["a photo"]
+
+
+def photo() -> bytes:
+    "A JPEG of the size and roughness of one of Flickr's."
+    coarse = Image.fromarray((torch.rand(94, 125, 3) * 255).byte().numpy()).resize((500, 375), Image.Resampling.BICUBIC)
+    coarse.save(file := io.BytesIO(), "JPEG", quality=90)
+    return file.getvalue()
+
+
 def loading_cases(c: BenchmarkConfig, run: Run) -> dict[str, Case]:
-    "A pass over eight batches of scenes, and the training steps that wait for pictures."
-    data = EveryCaption(load_captioned_images("scenes", image_size=c.image_size, subset_size=8 * c.batch_size))
-    loader = DataLoader(data, c.batch_size, num_workers=c.num_workers, collate_fn=collate, persistent_workers=True)
-    return {f"{c.num_workers} worker" + "s" * (c.num_workers > 1): Case(lambda: [len(images) for images, _ in loader], len(data), run.bf16, flop=0),
-            "vae step": vae_cases(c, run)["tinydiff"], "clip step": clip_cases(c, run)["tinydiff"]}
+    "Passes over eight batches of scenes, which are drawn, and of photos, which are decoded; and the training steps that wait for pictures."
+    n = 8 * c.batch_size
+    sets = {"scenes": load_captioned_images("scenes", image_size=c.image_size, subset_size=n), "photos": CaptionedImages([photo()] * n, read_photo, c.image_size)}
+    def reading(data) -> Case:
+        loader = DataLoader(EveryCaption(data), c.batch_size, num_workers=c.num_workers, collate_fn=collate, persistent_workers=True)
+        return Case(lambda: [len(images) for images, _ in loader], n, run.bf16, flop=0)
+    return {name: reading(data) for name, data in sets.items()} | {"vae step": vae_cases(c, run)["tinydiff"], "clip step": clip_cases(c, run)["tinydiff"]}
 
 
 def caching_cases(c: BenchmarkConfig, run: Run) -> dict[str, Case]:
@@ -355,7 +372,7 @@ def ladder_cases(c: BenchmarkConfig, run: Run) -> dict[str, Case | str]:
     for rung in RUNGS:
         reason = why_not(rung, c, run.device)
         if not reason: rungs.add(rung)
-        found[rung] = reason or Case(climbed(unet, loss, run, rungs, unet_inputs(c, run.device)), c.batch_size, "bfloat16" in rungs, work)
+        found[rung] = reason or Case(climbed(unet, loss, run, rungs, unet_inputs(c, run.device)), c.batch_size, "bfloat16" in rungs, work, "CUDA graphs" not in rungs)
     return found
 
 # %% ../nbs/16_benchmark.ipynb #66877bda
@@ -368,10 +385,13 @@ def card(device: torch.device) -> str:
 
 
 def add_gains(rows: list[dict]):
-    "The first row's pace over the fastest other's; on the ladder, each rung's over that of the rung before."
+    "The first row's pace over the fastest other's; a loader's over the hungriest step's; on the ladder, each rung's over that of the rung before."
     timed = [row for row in rows if "seconds" in row]
     if rows[0]["task"] == "ladder":
         for before, row in zip(timed, timed[1:]): row["gain"] = row["images_per_s"] / before["images_per_s"]
+    elif rows[0]["task"] == "loading":
+        loaders, steps = timed[:2], timed[2:]
+        for row in loaders: row["gain"] = row["images_per_s"] / max(step["images_per_s"] for step in steps)
     elif len(timed) > 1: timed[0]["gain"] = timed[0]["images_per_s"] / max(row["images_per_s"] for row in timed[1:])
 
 
@@ -386,7 +406,7 @@ def measure(task: str, c: BenchmarkConfig, run: Run) -> list[dict]:
         rows.append(row := dict(task=task, name=name))
         if isinstance(case, str): row["note"] = case; continue
         low, middle, high = times[name]
-        memory, work, peak = peak_memory(case.call, device), flops(case.call) if case.flop is None else case.flop, peak_flops(card(device), case.bf16)
+        memory, work, peak = peak_memory(case.call, device) if case.allocates else None, flops(case.call) if case.flop is None else case.flop, peak_flops(card(device), case.bf16)
         row |= dict(low=low, seconds=middle, high=high, images=case.images, images_per_s=case.images / middle, bf16=case.bf16, gflop=work / 1e9,
                     share=work / middle / ceilings[case.bf16], mfu=work / middle / peak if peak else None, memory_mb=None if memory is None else memory / 1e6)
     add_gains(rows)

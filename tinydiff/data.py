@@ -31,8 +31,10 @@ def to_rgb(
 ) -> Image.Image:  # RGB, 8 bits a channel
     "Turn a picture the way its EXIF tag says and make it RGB; what is transparent becomes white."
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):                                  # 16-bit gray, in [0, 65535]
-        image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).clip(0, 255).round().astype(np.uint8))
+    if image.mode == "F" or image.mode.startswith("I"):             # floats in [0, 1] or bytes as floats; 16-bit gray, in [0, 65535]
+        gray = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        gray = gray / 257 if image.mode != "F" else gray * 255 if gray.max() <= 1 else gray
+        image = Image.fromarray(gray.clip(0, 255).round().astype(np.uint8))
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     image = image.convert("RGB")
@@ -98,7 +100,7 @@ def choose_caption(captions: list[str], seed: int, epoch: int, index: int) -> st
 
 # %% ../nbs/02_data.ipynb #fa2241f6
 UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, TypeError, ArithmeticError, LookupError, struct.error,
-              MemoryError, Image.DecompressionBombError)  # what Pillow raises for a bad file
+              RuntimeError, MemoryError, Image.DecompressionBombError)  # what Pillow raises for a bad file
 
 class ImageItems:
     "Rows, a way to read one, and the item that a row becomes."
@@ -199,7 +201,7 @@ def dealt(rows, rank: int, world: int):
 
 # %% ../nbs/02_data.ipynb #d7516a12
 class StreamedImages(ImageItems, IterableDataset):
-    """The same items one after another; a row that cannot be read is left out, with a warning.
+    """The same items one after another; a row that cannot be read is left out, with a warning, and counted at the end.
 
     In stored order, or mixed by a buffer of `shuffle_buffer` rows, in each epoch in another way. Of a hub's stream, which
     does not say where a row stands, the choice among several captions depends on how it is dealt out.
@@ -211,8 +213,12 @@ class StreamedImages(ImageItems, IterableDataset):
     def __iter__(self):
         rows = iter(self.rows) if isinstance(self.rows, Dealt) else enumerate(self.rows)
         if self.shuffle_buffer: rows = shuffled(rows, self.shuffle_buffer, random.Random(f"{self.seed}-{self.epoch}"))
+        read = skipped = 0
         for index, row in rows:
-            if found := self.read_or_warn(index, row): yield self.item(index, *found)
+            found = self.read_or_warn(index, row)
+            read, skipped = read + 1, skipped + (not found)
+            if found: yield self.item(index, *found)
+        if skipped: warnings.warn(f"{skipped} of the {read} items of this stream skipped")
 
 # %% ../nbs/02_data.ipynb #251e99aa
 def read_scene(row: dict) -> tuple[Image.Image, list[str]]:
@@ -409,7 +415,10 @@ def hub_rows(
     image, captions = choose_columns(columns, source.image_column, source.caption_column, source.repo)
     group_by = source.group_by if source.group_by and not streaming else None
     rows = rows.select_columns(list(dict.fromkeys([image, *captions] + ([group_by] if group_by else []))))
-    rows = rows.cast_column(image, importlib.import_module("datasets").Image(decode=False))
+    try: rows = rows.cast_column(image, importlib.import_module("datasets").Image(decode=False))
+    except (TypeError, ValueError, NotImplementedError): raise ValueError(f"{source.repo}: column {image!r} holds no pictures; choose one with image_column") from None
+    first = next(iter(rows), {}).get(image) or {}
+    if (first.get("path") or "").startswith("http"): raise ValueError(f"{source.repo}: column {image!r} holds addresses: download the pictures, and pass their folder")
     return Grouped(rows, group_by, captions) if group_by else rows, partial(read_hub_row, image_column=image, caption_columns=captions)
 
 # %% ../nbs/02_data.ipynb #fe737868

@@ -8,8 +8,8 @@ __all__ = ['BUNDLED', 'UNETS', 'PARTS', 'SAMPLERS', 'PICTURES', 'is_hub_id', 'op
            'guided_prediction', 'model_index', 'Pipeline', 'check_counts', 'check_scale', 'check_negative',
            'repeat_prompts', 'SampleState', 'started', 'Sampler', 'TextToImage', 'pick', 'film_strip', 'samplers_of',
            'choose_sampler', 'is_folder', 'SampleConfig', 'first_complaint', 'read_flags', 'picture_settings',
-           'image_bytes', 'write_image', 'read_settings', 'write_images', 'choose_device', 'sample', 'one_line_errors',
-           'main']
+           'image_bytes', 'write_image', 'read_settings', 'write_images', 'out_of_memory', 'choose_device', 'sample',
+           'one_line_errors', 'main']
 
 # %% ../nbs/12_sample.ipynb #1fdab62d
 import contextlib
@@ -442,12 +442,20 @@ def write_images(images: list[Image.Image], settings: list[dict], out: str) -> P
     return path
 
 # %% ../nbs/12_sample.ipynb #d0c5bd15
+def out_of_memory(error: RuntimeError) -> bool:
+    "Whether an error says that a device has no more memory; each library has its own words for it."
+    return isinstance(error, torch.OutOfMemoryError) or "alloc" in str(error).lower() or "out of memory" in str(error)
+
+
 def choose_device(name: str | None = None) -> torch.device:
-    "The device of that name, or an NVIDIA or AMD GPU where there is one; ValueError where torch has no such device here."
+    "The device of that name, or an NVIDIA or AMD GPU where there is one; ValueError where torch has no such device here, or its memory is full."
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(name)
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        if out_of_memory(error):
+            raise ValueError(f"no memory is left on device {name}; cpu always works") from None
         raise ValueError(f"there is no device {name!r} here; cpu always works") from None
     return device
 
@@ -462,7 +470,7 @@ def sample(config: SampleConfig) -> Path:
         images = pipe(list(config.prompt), negative_prompt=config.negative_prompt, num_inference_steps=config.steps, seed=config.seed,
                       guidance_scale=config.guidance_scale, num_images=config.num_images, height=config.height, width=config.width, progress=True)
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "alloc" in str(error):
+        if out_of_memory(error):
             raise ValueError(f"{len(config.prompt) * config.num_images} pictures at once need more memory than {device} has: "
                              "lower --num_images, --height or --width, or ask for fewer prompts") from None
         raise

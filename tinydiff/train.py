@@ -12,11 +12,12 @@ __all__ = ['RANGES', 'PRESETS', 'ARCHITECTURES', 'CHECKPOINT', 'PACKAGES', 'seed
            'plot_metrics', 'Run', 'Log', 'EveryCaption', 'collate', 'ignore_signals', 'PixelStage', 'VAEStage',
            'scaling_factor', 'captions_of', 'CLIPStage', 'Parts', 'load_parts', 'make_unet', 'needed_items',
            'encode_dataset', 'data_fingerprint', 'parts_fingerprint', 'fingerprint', 'check_same_parts',
-           'remember_parts', 'read_cache', 'cached_latents', 'EncodedData', 'draw_by_time', 'Denoiser', 'OneAhead',
-           'DiffusionStage', 'stop_signals', 'blame', 'Guard', 'backward', 'recorded', 'parallel', 'Progress', 'leave',
-           'finish', 'fit', 'has_bf16', 'join_processes', 'keep_freed_memory', 'check_shares', 'check_image_size',
-           'check_out', 'processor_name', 'git_commit', 'describe_run', 'with_earlier', 'open_run', 'with_folder',
-           'with_own_parts', 'open_dataset', 'explained', 'train', 'stored_config', 'read_config', 'main']
+           'remember_parts', 'read_cache', 'write_cache', 'joined', 'cached_latents', 'EncodedData', 'draw_by_time',
+           'Denoiser', 'OneAhead', 'DiffusionStage', 'stop_signals', 'blame', 'Guard', 'backward', 'recorded',
+           'parallel', 'Progress', 'leave', 'finish', 'fit', 'has_bf16', 'join_processes', 'keep_freed_memory',
+           'check_shares', 'check_image_size', 'check_out', 'processor_name', 'git_commit', 'describe_run',
+           'with_earlier', 'open_run', 'with_folder', 'with_own_parts', 'open_dataset', 'explained', 'train',
+           'stored_config', 'read_config', 'main']
 
 # %% ../nbs/11_train.ipynb #b8522702
 import argparse
@@ -24,6 +25,7 @@ import copy
 import ctypes
 import dataclasses
 import difflib
+import errno
 import functools
 import hashlib
 import json
@@ -62,7 +64,7 @@ from .models.clip import CLIP, CLIPTextConfig, CLIPTextEncoder, CLIPTokenizer, C
 from .models.unet import UNet, UNetConfig
 from .models.vae import AutoencoderKL, VAEConfig
 from .muon import Muon
-from .sample import PARTS, TextToImage, choose_device, contact_sheet, model_index, one_line_errors, part_folder, read_flags
+from .sample import PARTS, TextToImage, choose_device, contact_sheet, model_index, one_line_errors, out_of_memory, part_folder, read_flags
 from .schedulers.flow_matching import make_scheduler
 from tinydiff.stable_diffusion import (
     check_parts, load_text_encoder, load_tokenizer, load_unet, load_vae, read_json, save_component, write_json,
@@ -262,8 +264,8 @@ class TrainConfig(MachineOptions, OptimizerOptions, TaskOptions, ModelOptions, D
             raise ValueError("--prediction_type and --snr_gamma are for --scheduler ddpm; flow matching always predicts noise minus picture")
         if self.stage != "diffusion" and (self.vae, self.text_encoder, self.unet) != ("tiny", "tiny", None):
             raise ValueError(f"--vae, --text_encoder and --unet are for --stage diffusion; --stage {self.stage} trains from nothing")
-        if self.cuda_graphs and (self.compile or self.grad_checkpoint):
-            raise ValueError("--cuda_graphs goes neither with --compile nor with --grad_checkpoint")
+        if self.cuda_graphs and (self.compile or self.grad_checkpoint or self.grad_accum > 1):
+            raise ValueError("--cuda_graphs goes neither with --compile nor with --grad_checkpoint nor with --grad_accum")
 
 # %% ../nbs/11_train.ipynb #c3ab08a2
 def config_from_dict(values: dict) -> TrainConfig:
@@ -396,7 +398,7 @@ def save_checkpoint(folder: Path, step: int, model: nn.Module, ema: EMA, optimiz
         kept = ", ".join(path.name for path in checkpoints_in(folder)) or "none yet"
         raise OSError(f"the checkpoint of step {step} could not be written ({error}); whole ones in {folder}: {kept}. "
                       "Make room, then go on with --resume") from None
-    for old in [path for path in checkpoints_in(folder) if int(path.name) <= step][:-keep]:
+    for old in [*folder.glob(".*.tmp"), *[path for path in checkpoints_in(folder) if int(path.name) <= step][:-keep]]:
         shutil.rmtree(old)
 
 # %% ../nbs/11_train.ipynb #e2738ba0
@@ -408,7 +410,7 @@ def read_checkpoint(path: Path) -> dict[str, dict[str, Tensor]]:
 
 # %% ../nbs/11_train.ipynb #30864748
 def load_checkpoint(folder: Path, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> int:
-    "Go back to the newest checkpoint that can be read; returns its step, 0 where there is none."
+    "Go back to the newest checkpoint that can be read; returns its step, 0 where there is none. ValueError where there are some and none can be read."
     for path in reversed(checkpoints_in(folder)):
         try:
             tensors = read_checkpoint(path)
@@ -422,6 +424,8 @@ def load_checkpoint(folder: Path, model: nn.Module, ema: EMA, optimizer: torch.o
         except (RuntimeError, LookupError):
             raise ValueError(f"checkpoint {path} is for other networks, or another optimizer, than this run's") from None
         return int(path.name)
+    if checkpoints_in(folder):
+        raise ValueError(f"no checkpoint in {folder} can be read: remove the folder to begin the stage anew")
     return 0
 
 # %% ../nbs/11_train.ipynb #41a8d1f2
@@ -508,8 +512,10 @@ class Run:
         return rows if self.world == 1 else torch.cat(torch.distributed.nn.functional.all_gather(rows))
 
     def any_process(self, yes: bool) -> bool:
-        "Whether any of the processes says yes; then all hear it."
-        return yes if self.world == 1 else self.mean(torch.tensor(float(yes), device=self.device)).item() > 0
+        "Whether any of the processes says yes; then all hear it. They talk by way of the CPU, so no GPU has to wait."
+        if self.world > 1:
+            torch.distributed.all_reduce(said := torch.tensor(int(yes)))
+        return yes if self.world == 1 else said.item() > 0
 
 # %% ../nbs/11_train.ipynb #8ead0d15
 class Log:
@@ -526,6 +532,8 @@ class Log:
             return
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"stage": stage, "step": step, **numbers}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         for name, number in numbers.items() if self.board else ():
             self.board.add_scalar(f"{stage}/{name}", number, step)
 
@@ -724,7 +732,7 @@ def encode_dataset(run: Run, dataset: Dataset, parts: Parts, items: Tensor) -> d
     mirrors = [False, True] if run.config.flip else [False]
     moments, ids, counts = [[] for _ in mirrors], [], [0]
     at_once = min(64, max(1, 64 * 128**2 // run.config.image_size**2))  # fewer of large pictures
-    loader = DataLoader(Subset(EveryCaption(dataset), items.tolist()), batch_size=at_once, num_workers=run.config.num_workers, collate_fn=collate)
+    loader = DataLoader(Subset(EveryCaption(dataset), items.tolist()), batch_size=at_once, num_workers=run.config.num_workers, collate_fn=collate, worker_init_fn=ignore_signals)
     for images, captions in tqdm(loader, desc="encoding", unit="batch", disable=run.rank > 0):
         images = images.to(run.device).contiguous(memory_format=torch.channels_last)
         with run.autocast():
@@ -784,15 +792,34 @@ def read_cache(path: Path, key: str) -> dict[str, Tensor] | None:
         return None
 
 # %% ../nbs/11_train.ipynb #6a2d8323
+def write_cache(path: Path, tensors: dict[str, Tensor], key: str):
+    "The file is there whole, or not at all."
+    save_file(tensors, path.with_suffix(".tmp"), metadata={"key": key})
+    sync(path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def joined(shares: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    "What several processes encoded, as if one had."
+    moments, ids, counts = (torch.cat(parts) for parts in zip(*((s["moments"], s["ids"], s["first"].diff()) for s in shares)))
+    return {"moments": moments, "ids": ids, "first": F.pad(counts.cumsum(0), (1, 0))}
+
+
 def cached_latents(run: Run, dataset: Dataset, parts: Parts, items: Tensor) -> dict[str, Tensor]:
-    "`encode_dataset`, from the run's folder if it is there."
+    "`encode_dataset`, from the run's folder if it is there. Of several processes each encodes a share, and all read what the first one joins."
     path, key = run.folder / "latents.safetensors", fingerprint(run.config, dataset, parts, items)
+    shares = [path.with_name(f"latents-{rank}.safetensors") for rank in range(run.world)]
     cached = read_cache(path, key)
-    if cached is None:
-        cached = encode_dataset(run, dataset, parts, items)
+    if run.any_process(cached is None):
+        cached = encode_dataset(run, dataset, parts, items.tensor_split(run.world)[run.rank])
+        if run.world > 1:
+            write_cache(shares[run.rank], cached, key)
+            run.any_process(False)  # wait for the others
+            cached = joined([read_cache(share, key) for share in shares])
         if run.rank == 0:
-            save_file(cached, path.with_suffix(".tmp"), metadata={"key": key})
-            os.replace(path.with_suffix(".tmp"), path)
+            write_cache(path, cached, key)
+        run.any_process(False)
+        shares[run.rank].unlink(missing_ok=True)
     return cached
 
 # %% ../nbs/11_train.ipynb #795906cb
@@ -983,7 +1010,7 @@ def parallel(stage, model: nn.Module, run: Run) -> nn.Module:
         model = torch.compile(model)
     if run.config.cuda_graphs and stage.name == "diffusion":
         latents, _, *others = stage.batch(0)
-        model = recorded(model, tuple(tensor[:: stage.parts] for tensor in (latents, *others)), run)
+        model = recorded(model, (latents, *others), run)
     if run.world > 1:
         model = nn.parallel.DistributedDataParallel(model, device_ids=[run.device.index] if run.device.type == "cuda" else None)
     return model
@@ -1023,6 +1050,9 @@ def leave(run: Run, stage, done: int, notes: list):
 
 def finish(stage, run: Run, ema: EMA, notes: list):
     "Write what the stage made; the other processes wait. A signal in its last step ends the run before the next stage."
+    if run.world > 1:  # each has met other pictures
+        torch.distributed.all_reduce(skipped := stage.dataset.skipped.int())
+        stage.dataset.skipped |= skipped > 0
     if run.rank == 0:
         stage.finish(ema.model)
         if skipped := skipped_report(stage.dataset):
@@ -1058,15 +1088,15 @@ def fit(stage, run: Run):
             progress.bar.update()
             done, last = step + 1, step + 1 == stage.steps
             report, look, save = (done % every == 0 or last for every in (c.log_every, c.sample_every, c.checkpoint_every))
-            stopped = (report or run.world == 1) and run.any_process(bool(stop))  # processes talk, and wait, where they report
+            stopped = run.any_process(bool(stop))
             if report or look or save or stopped:
                 guard.check(stage, model)
             if report:
                 progress.report(done, loss, numbers, lr=rate, grad_norm=norm.item())
-            if run.rank == 0 and look:
-                progress.look(done, ema.model)
             if run.rank == 0 and (save or stopped):
                 save_checkpoint(checkpoints, done, model, ema, optimizer, c.keep)
+            if run.rank == 0 and look:
+                progress.look(done, ema.model)
             if stopped and not last:
                 leave(run, stage, done, stop)
     finish(stage, run, ema, stop)
@@ -1092,7 +1122,7 @@ def join_processes(config: TrainConfig) -> tuple[torch.device, int, int]:
         if device.index is not None:
             torch.cuda.set_device(device)
     if world > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device, rank, world
 
 # %% ../nbs/11_train.ipynb #7c1e40a2
@@ -1234,13 +1264,18 @@ def explained(stage: str, run: Run) -> Iterator[None]:
     parts, again = ", or keep it and compute it in parts with --grad_accum" * (stage != "clip"), ", add --grad_checkpoint" * (stage == "diffusion")
     try:
         yield
-    except SafetensorError as error:
-        raise OSError(f"stage {stage} could not write into {run.folder} ({error}): make room, then go on with --resume --out {run.folder}") from None
-    except (torch.OutOfMemoryError, RuntimeError) as error:
+    except (SafetensorError, OSError) as error:
+        if isinstance(error, SafetensorError) or error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(f"stage {stage} could not write into {run.folder} ({error}): make room, then go on with --resume --out {run.folder}") from None
+        raise
+    except RuntimeError as error:
         text = str(error)
         if run.config.compile and type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
             raise ValueError(f"--compile failed ({text.splitlines()[0]}): leave it out with --resume --no_compile --out {run.folder}") from None
-        if isinstance(error, torch.OutOfMemoryError) or "alloc" in text:
+        if "DataLoader worker" in text:
+            raise ValueError(f"a process that reads pictures was killed, most likely for want of memory ({text.splitlines()[0]}): lower --num_workers ({run.config.num_workers}) "
+                             f"or --{size}, or give a container more shared memory; then go on with --resume --out {run.folder}") from None
+        if out_of_memory(error):
             raise ValueError(f"stage {stage} needs more memory than {run.device} has: lower --{size} ({getattr(run.config, size)}){parts}{again}, "
                              f"or lower --image_size; then go on with --resume --out {run.folder}") from None
         if run.world > 1 and any(word in text for word in ("onnection", "peer", "timed out", "NCCL", "gloo")):
