@@ -1,8 +1,9 @@
 """kill -9 at random moments, resume, compare: `python tests/kill_report.py --kills 100`.
 
 Every trial trains a small network, is killed once, at a moment drawn evenly from the time that the whole run takes, goes on with
---resume, and must end with weights, average, optimizer and metrics equal, bit for bit, to those of a run that nobody touched:
-three stages, both schedulers, with 0 and 2 loader workers, in the middle of epochs, also while a checkpoint is being written.
+--resume, and must end with weights, average, optimizer, metrics and finished networks equal, bit for bit, to those of a run that nobody
+touched: three stages, alone and in a row, both schedulers, with 0 and 2 loader workers, in the middle of epochs, also while a checkpoint
+is being written.
 """
 import argparse
 import os
@@ -26,11 +27,12 @@ from tinydiff.train import TrainConfig, read_config, read_metrics, train
 
 STEPS, EVERY = 24, 3
 CASES = {f"{stage}{'-' + scheduler if scheduler else ''}, {workers} workers": (stage, scheduler, workers)
-         for stage, schedulers in (("vae", [None]), ("clip", [None]), ("diffusion", ["flow", "ddpm"])) for scheduler in schedulers for workers in (0, 2)}
+         for stage, schedulers in (("vae", [None]), ("clip", [None]), ("diffusion", ["flow", "ddpm"]), ("all", ["flow"])) for scheduler in schedulers for workers in (0, 2)}
 
 
 def configuration(stage: str, scheduler: str | None, workers: int, parts: Path) -> TrainConfig:
-    more = dict(vae=str(parts), text_encoder=str(parts), scheduler=scheduler) if stage == "diffusion" else {}
+    more = dict(scheduler=scheduler) if scheduler else {}
+    more |= dict(vae=str(parts), text_encoder=str(parts)) if stage == "diffusion" else {}
     settings = QUICK | dict(steps=STEPS, vae_steps=STEPS, clip_steps=STEPS, checkpoint_every=EVERY, num_workers=workers, sample_every=1000)
     return TrainConfig(stage=stage, flip=True, **settings | more)
 

@@ -369,7 +369,7 @@ def test_two_processes_share_the_encoding(base, tmp_path, monkeypatch):
 
 def test_what_either_process_skipped_is_named(tmp_path, monkeypatch, capfd):
     folder = picture_folder(tmp_path / "data", count=8)
-    for i in (2, 3): (folder / f"{i}.png").write_bytes(b"<html>")
+    for i in batch_indices(8, 8, 0, 0)[:4:3]: (folder / f"{i}.png").write_bytes(b"<html>")  # 2 and 4: one for each process
     monkeypatch.setattr(tinydiff.train.VAEStage, "finish", lambda stage, model: None)  # it looks at all pictures once more
     config = TrainConfig(**QUICK | dict(stage="vae", dataset=str(folder), subset_size=0, vae_batch_size=8, vae_steps=1, sample_every=9, out=str(tmp_path / "run")))
     monkeypatch.setattr(tinydiff.train.Progress, "look", lambda *args: None)
