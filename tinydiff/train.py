@@ -1158,7 +1158,7 @@ def check_out(config: TrainConfig):
     out = Path(config.out)
     if config.resume:
         before, stages = stored_config(config.out), "*" if config.stage == "all" else config.stage
-        for name, trained in (("arch", stages), ("image_size", stages), ("optimizer", stages), ("train_text_encoder", "diffusion"),
+        for name, trained in (("arch", stages), ("image_size", stages), ("optimizer", stages), ("seed", stages), ("train_text_encoder", "diffusion"),
                               ("scheduler", "diffusion"), ("prediction_type", "diffusion")):
             was, now = getattr(before, name), getattr(config, name)
             if was != now and any(out.glob(f"checkpoints/{trained}/[0-9]*")):
