@@ -270,6 +270,8 @@ def test_command(tmp_path, monkeypatch, capsys):
     out = tmp_path / "eval"
     flags = "--prompts 1 --images 1 --steps 1 2 --guidance_scale 1 --training_pictures 20 --reference_pictures 26 --out"
     monkeypatch.setattr(sys, "argv", ["tinydiff-eval", *flags.split(), str(out)])
+    out.mkdir()
+    (out / "failures.png").write_bytes(b"an earlier exam's")
     ev.main()
     printed = capsys.readouterr().out
     assert printed.count("overall") == 2 and printed.count("FID") == 2

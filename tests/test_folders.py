@@ -250,6 +250,30 @@ def test_tokenizer_layouts(layout, theirs, tmp_path):
     assert torch.equal(load_tokenizer(folder)(CAPTIONS), TOKENIZER(CAPTIONS))
 
 
+def test_words_that_a_tokenizer_was_taught_are_refused(theirs, tmp_path):
+    "Textual inversion: a word with an embedding of its own, which byte pairs would take apart without a complaint."
+    taught = TransformersTokenizer.from_pretrained(TOKENIZER.save(tmp_path / "plain") or tmp_path / "plain")
+    taught.add_tokens(["<cat-toy>"])
+    taught.save_pretrained(tmp_path / "new")
+    TOKENIZER.save(tmp_path / "old")
+    write_json(tmp_path / "old/added_tokens.json", {"<cat-toy>": len(TOKENIZER.vocab)})
+    for layout in ("new", "old"):
+        with pytest.raises(ValueError, match="taught words of its own .<cat-toy>., which are not supported"): load_tokenizer(tmp_path / layout)
+
+
+def test_nothing_is_left_of_what_was_overwritten(theirs, ours, tmp_path):
+    "Parts and variants that diffusers would prefer to our weights, and a tokenizer.json that transformers would."
+    theirs.unet.save_pretrained(tmp_path / "unet", max_shard_size="200KB")
+    theirs.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    assert len(list((tmp_path / "unet").glob("*.safetensors*"))) > 2 and (tmp_path / "tokenizer/tokenizer.json").is_file()
+    with torch.no_grad(): ours.unet.conv_in.weight.fill_(7)
+    save_component(ours.unet, tmp_path / "unet")
+    save_component(TOKENIZER, tmp_path / "tokenizer")
+    assert (UNet2DConditionModel.from_pretrained(tmp_path / "unet").conv_in.weight == 7).all()
+    assert {path.name for path in (tmp_path / "unet").iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors"}
+    assert not (tmp_path / "tokenizer/tokenizer.json").exists()
+
+
 def test_tokenizer_without_length_is_clips(tmp_path):
     TOKENIZER.save(tmp_path)
     edit_json(tmp_path / "tokenizer_config.json", model_max_length=...)

@@ -671,6 +671,16 @@ def test_nothing_is_updated_after_a_bad_step(rng):
     assert same == [False, True, True] and guard.first_bad == 2
 
 
+def test_muon_without_gradients():
+    "A weight that got none stays, also where no other weight got one."
+    net = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
+    optimizer, before = tinydiff.train.Muon(net, lr=0.1), [p.detach().clone() for p in net.parameters()]
+    optimizer.step()
+    net[0].weight.grad = torch.ones(3, 3)
+    optimizer.step()
+    assert [torch.equal(a, b) for a, b in zip(before, net.parameters())] == [False, True, True, True]
+
+
 def test_muon_does_not_look_whether_the_step_was_good(rng):
     "Weights stay where `found_inf` is 1, and the only numbers that are fetched are counters, which lie on the CPU."
     net, fetched = nn.Linear(3, 3), []

@@ -239,7 +239,7 @@ def read_pictures(reader: Reader, images: list[Image.Image]) -> list[Reading]:
 
 def picture_features(reader: Reader, images: list[Image.Image]) -> Tensor:
     "(pictures, channels), float64: the reader's features."
-    return torch.cat(reader_inputs(reader, images, reader.features)).double().cpu()
+    return torch.cat(reader_inputs(reader, images, reader.features)).cpu().double()
 
 # %% ../nbs/13_evaluate.ipynb #cf9bd652
 def save_reader(reader: Reader, folder: str | Path):
@@ -704,6 +704,7 @@ def run_exams(config: EvalConfig) -> list[dict]:
     reader, records, read = load_reader(device=device), [], []
     training = [item["image"] for item in map(Scenes("train", length=config.training_pictures).__getitem__, range(config.training_pictures))]
     out.mkdir(parents=True, exist_ok=True)
+    for old in (*out.glob("failures*.png"), *out.glob("sweep.png")): old.unlink()  # an earlier exam's
     for number, chosen in enumerate(config.combinations()):
         record, done = run_exam(config, chosen, reader, training)
         records.append(record)

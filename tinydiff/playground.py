@@ -33,7 +33,7 @@ import matplotlib
 import torch
 import torch.nn.functional as F
 import traitlets
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from . import scenes
@@ -223,6 +223,7 @@ def layer_name(module: str) -> str:
 # %% ../nbs/14_playground.ipynb #39af82e0
 def prompt_words(tokenizer: CLIPTokenizer, prompt: str) -> list[tuple[str, tuple[int, ...]]]:
     "The words of a prompt with the positions of their tokens; words that no longer fit have none and are left out."
+    prompt = prompt.encode("utf-8", "replace").decode()  # half of a surrogate pair is no text
     offsets = tokenizer.tokenizer.encode(prompt, add_special_tokens=False).offsets[: tokenizer.max_length - 2]
     spans = [(m[0], [i for i, (start, _) in enumerate(offsets, start=1) if m.start() <= start < m.end()]) for m in re.finditer(r"\S+", prompt)]
     return [(word, tuple(positions)) for word, positions in spans if positions]
@@ -257,7 +258,7 @@ def advance(models: Models, run: Run) -> Iterator[Moment]:
     with watch_attention(pipe.unet) as maps:
         for state in walk_with(models, run.config):
             *images, noisy = pipe.decode(torch.cat([state.pred_original_sample, state.latents[:1]]))
-            attention = {layer: weights[-n] for layer, weights in maps.items()}  # the prompt's rows come last
+            attention = {layer: weights[-n].clone() for layer, weights in maps.items()}  # the prompt's rows come last
             run.moments.append(Moment(state, images, noisy, attention))
             yield run.moments[-1]
 
@@ -572,7 +573,7 @@ class Experiment(widgets.VBox):
             yield
 
     def complain(self, error: Exception):
-        self.frame.value = f'<p class="td-status"><span class="td-error">{html.escape(" ".join(str(error).split())[:300])}</span></p>'
+        self.frame.value = f'<p class="td-status"><span class="td-error">{html.escape(" ".join(str(error).split())[:300] or type(error).__name__)}</span></p>'
 
 # %% ../nbs/14_playground.ipynb #6f848fe2
 DRAWING = """
@@ -661,7 +662,7 @@ class Repaint(Experiment):
                 image = to_rgb(image)
         except UNREADABLE:
             return self.complain(ValueError("this file is not a picture that can be opened"))
-        self.show(image.resize((256, 256)) if image.width == image.height else image)
+        self.show(ImageOps.fit(image, (256, 256)))
 
     def repaint(self) -> Iterator[Frame]:
         if self.image is None:
@@ -807,4 +808,4 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         notebook = Path(folder) / "tinydiff.ipynb"
         write_notebook(notebook, checkpoints)
-        Voila.launch_instance(voila_arguments(config, notebook), tornado_settings={"headers": {"Content-Security-Policy": HERE_ONLY}})
+        Voila.launch_instance(voila_arguments(config, notebook), tornado_settings={"headers": {"Content-Security-Policy": HERE_ONLY}, "websocket_max_message_size": 2**28})  # photos are large

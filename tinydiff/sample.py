@@ -444,7 +444,7 @@ def write_images(images: list[Image.Image], settings: list[dict], out: str) -> P
 # %% ../nbs/12_sample.ipynb #d0c5bd15
 def out_of_memory(error: RuntimeError) -> bool:
     "Whether an error says that a device has no more memory; each library has its own words for it."
-    return isinstance(error, torch.OutOfMemoryError) or "alloc" in str(error).lower() or "out of memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or bool(re.search("allocate memory|alloc_failed|out of memory", str(error), re.IGNORECASE))
 
 
 def choose_device(name: str | None = None) -> torch.device:
@@ -453,7 +453,7 @@ def choose_device(name: str | None = None) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         if out_of_memory(error):
             raise ValueError(f"no memory is left on device {name}; cpu always works") from None
         raise ValueError(f"there is no device {name!r} here; cpu always works") from None

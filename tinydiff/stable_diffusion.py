@@ -233,6 +233,8 @@ def save_component(model: nn.Module | CLIPTokenizer | Scheduler, folder: str | P
     write_json(folder / "config.json", config)
     weights = {key(k): w.detach().to("cpu", dtype).contiguous() for k, w in model.state_dict().items()}
     save_file(weights, folder / f"{name}.safetensors", metadata={"format": "pt"})
+    for old in folder.glob(f"{name}[.-]*safetensors*"):  # parts and variants of what was here before, which diffusers would prefer
+        if old.name != f"{name}.safetensors": old.unlink()
 
 # %% ../nbs/15_stable_diffusion.ipynb #de3dc7c9
 def clip_from_config(config: dict, folder: Path) -> tuple[CLIPTextConfig, CLIPVisionConfig]:
@@ -280,12 +282,15 @@ def read_byte_pairs(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]
     "Vocabulary and merges, from vocab.json and merges.txt, or from tokenizer.json, which is all that transformers 5 writes."
     if (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
         content = read_json(folder / "tokenizer.json")
-        vocab = content["model"]["vocab"] | {token["content"]: token["id"] for token in content["added_tokens"]}
+        vocab, added = content["model"]["vocab"], {token["content"]: token["id"] for token in content["added_tokens"]}
         pairs = content["model"]["merges"]
     else:
-        vocab = read_json(folder / "vocab.json")
+        vocab, added = read_json(folder / "vocab.json"), read_json(folder / "added_tokens.json") if (folder / "added_tokens.json").is_file() else {}
         lines = read_text(folder / "merges.txt").split("\n")
         pairs = [line for line in lines if line.strip() and not line.startswith("#version")]
+    if taught := added.keys() - vocab.keys() - {START, END}:
+        raise ValueError(f"it was taught words of its own ({', '.join(sorted(taught))[:80]}), which are not supported")
+    vocab = vocab | added
     merges = [(a, b) for a, b in (pair.split() if isinstance(pair, str) else pair for pair in pairs)]
     needed = {START, END}.union(*((a, b, a + b) for a, b in merges))
     if not needed <= vocab.keys() or sorted(vocab.values()) != list(range(len(vocab))):

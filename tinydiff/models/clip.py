@@ -81,6 +81,8 @@ class CLIPTokenizer:
         "vocab.json, merges.txt and tokenizer_config.json, as transformers' CLIPTokenizer reads them."
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        for name in ("tokenizer.json", "added_tokens.json", "special_tokens_map.json"):  # another tokenizer's, which transformers would prefer
+            (folder / name).unlink(missing_ok=True)
         (folder / "vocab.json").write_text(json.dumps(self.vocab, ensure_ascii=False), encoding="utf-8")
         (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in self.merges), encoding="utf-8")
         special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}

@@ -80,7 +80,7 @@ class FlowMatchingScheduler(FlowMatchingConfig, Scheduler):
     def set_timesteps(self, num_inference_steps: int, device=None) -> None:
         "N equal steps of sigma from 1 to 0, shifted once; Heun visits each of them twice, except the first."
         N = num_inference_steps
-        if N < 1: raise ValueError(f"num_inference_steps must be at least 1; got {N}")
+        if not 1 <= N <= self.num_train_timesteps: raise ValueError(f"num_inference_steps must be in [1, {self.num_train_timesteps}]; got {N}")
         sigma = shift_sigma(1 - torch.arange(N, dtype=torch.float64) / N, self.shift)
         times = (sigma * self.num_train_timesteps).float()
         if self.solver == "heun": times = torch.cat([times[:1], times[1:].repeat_interleave(2)])
