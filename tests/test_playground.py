@@ -215,13 +215,16 @@ def test_page(models):
 
 
 def test_files_are_opened_as_everywhere():
-    "Turned as the camera says, transparent becomes white, and what is no picture gets a line."
+    "Turned as the camera says, its middle, transparent becomes white, and what is no picture gets a line."
     page, file = Playground(), BytesIO()
     turned = Image.Exif()
     turned[0x0112] = 6
-    Image.new("RGB", (40, 20), "red").save(file, format="jpeg", exif=turned)
+    lying = Image.new("RGB", (400, 200), "red")
+    lying.paste("blue", (200, 0, 400, 200))
+    lying.save(file, format="jpeg", exif=turned)
     page.inside.repaint.open_file(file.getvalue())
-    assert page.inside.repaint.image.size == (20, 40)
+    red, blue = (page.inside.repaint.image.getpixel((128, y)) for y in (10, 246))
+    assert page.inside.repaint.image.size == (256, 256) and red[0] > 250 > 5 > red[2] and blue[2] > 250 > 5 > blue[0]
     Image.new("RGBA", (40, 20), (0, 0, 0, 0)).save(file := BytesIO(), format="png")
     page.inside.repaint.open_file(file.getvalue())
     assert page.inside.repaint.image.getpixel((3, 3)) == (255, 255, 255)
