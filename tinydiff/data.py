@@ -418,7 +418,7 @@ def hub_rows(
     try: rows = rows.cast_column(image, importlib.import_module("datasets").Image(decode=False))
     except (TypeError, ValueError, NotImplementedError): raise ValueError(f"{source.repo}: column {image!r} holds no pictures; choose one with image_column") from None
     first = next(iter(rows), {}).get(image) or {}
-    if (first.get("path") or "").startswith("http"): raise ValueError(f"{source.repo}: column {image!r} holds addresses: download the pictures, and pass their folder")
+    if not first.get("bytes") and (first.get("path") or "").startswith("http"): raise ValueError(f"{source.repo}: column {image!r} holds addresses: download the pictures, and pass their folder")
     return Grouped(rows, group_by, captions) if group_by else rows, partial(read_hub_row, image_column=image, caption_columns=captions)
 
 # %% ../nbs/02_data.ipynb #fe737868

@@ -806,7 +806,7 @@ def joined(shares: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def cached_latents(run: Run, dataset: Dataset, parts: Parts, items: Tensor) -> dict[str, Tensor]:
-    "`encode_dataset`, from the run's folder if it is there. Of several processes each encodes a share, and all read what the first one joins."
+    "`encode_dataset`, from the run's folder if it is there. Of several processes each encodes a share, and all join them."
     path, key = run.folder / "latents.safetensors", fingerprint(run.config, dataset, parts, items)
     shares = [path.with_name(f"latents-{rank}.safetensors") for rank in range(run.world)]
     cached = read_cache(path, key)
