@@ -82,8 +82,7 @@ class Muon(torch.optim.Optimizer):
         "Update every weight that has a gradient; none where the training loop has set `found_inf` to 1. It does not wait for a GPU."
         stop = getattr(self, "found_inf", None)
         for group in self.param_groups:
-            weights = [p for p in group["params"] if p.grad is not None]
-            if not weights: continue
+            if not (weights := [p for p in group["params"] if p.grad is not None]): continue
             states, grads = [self.state[p] for p in weights], [p.grad for p in weights]
             moved = torch._foreach_mul(weights, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(moved, getattr(self, group["update"])(states, grads, group), alpha=-group["lr"])
