@@ -129,7 +129,7 @@ MUTATIONS = [
     # --- GPUs
     bug("avg_pool2d that pads", "models/vae.py", "F.avg_pool2d(padded, 2, stride=1, divisor_override=1)", "F.avg_pool2d(self.conv.weight, 2, stride=1, padding=1, divisor_override=1)",
         M + "upsampling_pads_its_weights_by_hand"),
-    bug("waiting for the GPU in every step", "muon.py", "        for group in self.param_groups:\n            weights", "        if stop: return\n        for group in self.param_groups:\n            weights",
+    bug("waiting for the GPU in every step", "muon.py", "        for group in self.param_groups:\n            if not (weights", "        if stop: return\n        for group in self.param_groups:\n            if not (weights",
         T + "muon_does_not_look_whether_the_step_was_good"),
     bug("a recorded model where a picture is drawn", "train.py", "copy.copy(model), inputs", "model, inputs", T + "cuda_graphs_are_recorded_for_what_the_loop_calls"),
     # --- configurations
