@@ -272,6 +272,7 @@ def test_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["tinydiff-eval", *flags.split(), str(out)])
     out.mkdir()
     (out / "failures.png").write_bytes(b"an earlier exam's")
+    (out / "failures-kept.png").write_bytes(b"somebody's")
     ev.main()
     printed = capsys.readouterr().out
     assert printed.count("overall") == 2 and printed.count("FID") == 2
@@ -281,7 +282,7 @@ def test_command(tmp_path, monkeypatch, capsys):
     assert [len(a) for a in answers] == [13, 13] and all(len(a["right"]) == len(a["seeds"]) == len(a["read"]) == 1 for a in answers[0])
     mean = np.mean([np.mean(a["right"]) for a in answers[1] if a["category"] in ev.SIX and not a["heldout"]])
     assert second["scores"]["model"]["seen"]["overall"][0] == pytest.approx(100 * mean, abs=0.01)
-    assert {path.name for path in out.iterdir()} == {"results.json", "answers.json", "failures-00.png", "failures-01.png", "sweep.png"}
+    assert {path.name for path in out.iterdir()} == {"results.json", "answers.json", "failures-00.png", "failures-01.png", "failures-kept.png", "sweep.png"}
 
 
 @pytest.mark.parametrize("flags, complaint", [

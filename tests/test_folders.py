@@ -262,15 +262,16 @@ def test_words_that_a_tokenizer_was_taught_are_refused(theirs, tmp_path):
 
 
 def test_nothing_is_left_of_what_was_overwritten(theirs, ours, tmp_path):
-    "Parts and variants that diffusers would prefer to our weights, and a tokenizer.json that transformers would."
+    "Parts that diffusers would prefer to our weights, and a tokenizer.json that transformers would."
     theirs.unet.save_pretrained(tmp_path / "unet", max_shard_size="200KB")
     theirs.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "unet/diffusion_pytorch_model-mine.safetensors").write_bytes(b"a copy that somebody kept")
     assert len(list((tmp_path / "unet").glob("*.safetensors*"))) > 2 and (tmp_path / "tokenizer/tokenizer.json").is_file()
     with torch.no_grad(): ours.unet.conv_in.weight.fill_(7)
     save_component(ours.unet, tmp_path / "unet")
     save_component(TOKENIZER, tmp_path / "tokenizer")
     assert (UNet2DConditionModel.from_pretrained(tmp_path / "unet").conv_in.weight == 7).all()
-    assert {path.name for path in (tmp_path / "unet").iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors"}
+    assert {path.name for path in (tmp_path / "unet").iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-mine.safetensors"}
     assert not (tmp_path / "tokenizer/tokenizer.json").exists()
 
 

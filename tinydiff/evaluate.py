@@ -704,7 +704,7 @@ def run_exams(config: EvalConfig) -> list[dict]:
     reader, records, read = load_reader(device=device), [], []
     training = [item["image"] for item in map(Scenes("train", length=config.training_pictures).__getitem__, range(config.training_pictures))]
     out.mkdir(parents=True, exist_ok=True)
-    for old in (*out.glob("failures*.png"), *out.glob("sweep.png")): old.unlink()  # an earlier exam's
+    for old in (out / "failures.png", *out.glob("failures-[0-9][0-9].png"), out / "sweep.png"): old.unlink(missing_ok=True)  # an earlier exam's
     for number, chosen in enumerate(config.combinations()):
         record, done = run_exam(config, chosen, reader, training)
         records.append(record)

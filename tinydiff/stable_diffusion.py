@@ -233,8 +233,8 @@ def save_component(model: nn.Module | CLIPTokenizer | Scheduler, folder: str | P
     write_json(folder / "config.json", config)
     weights = {key(k): w.detach().to("cpu", dtype).contiguous() for k, w in model.state_dict().items()}
     save_file(weights, folder / f"{name}.safetensors", metadata={"format": "pt"})
-    for old in folder.glob(f"{name}[.-]*safetensors*"):  # parts and variants of what was here before, which diffusers would prefer
-        if old.name != f"{name}.safetensors": old.unlink()
+    for old in (*folder.glob(f"{name}-[0-9]*-of-[0-9]*.safetensors"), folder / f"{name}.safetensors.index.json"):
+        old.unlink(missing_ok=True)  # parts of what was here before, which diffusers would prefer
 
 # %% ../nbs/15_stable_diffusion.ipynb #de3dc7c9
 def clip_from_config(config: dict, folder: Path) -> tuple[CLIPTextConfig, CLIPVisionConfig]:
