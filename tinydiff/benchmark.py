@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['PEAKS', 'Task', 'CLIP_KEYS', 'ADD_COMPILE', 'RUNGS', 'TASKS', 'COLUMNS', 'seconds', 'in_turns', 'matmul_ceiling',
            'flops', 'peak_flops', 'peak_memory', 'BenchmarkConfig', 'diffusers_twin', 'transformers_twin', 'twins',
-           'answer', 'unet_inputs', 'training', 'Case', 'cases', 'unet_loss', 'unet_cases', 'posterior', 'pictures',
-           'vae_loss', 'vae_cases', 'clip_loss', 'clip_cases', 'compiled_cases', 'quietly', 'prediction_cases', 'draw',
-           'flow_scheduler', 'sampling_cases', 'read_photo', 'photo', 'loading_cases', 'caching_cases', 'why_not',
-           'climbed', 'ladder_cases', 'card', 'add_gains', 'measure', 'benchmark', 'table', 'main']
+           'answer', 'unet_inputs', 'as_trained', 'training', 'Case', 'cases', 'unet_loss', 'unet_cases', 'posterior',
+           'pictures', 'vae_loss', 'vae_cases', 'clip_loss', 'clip_cases', 'compiled_cases', 'quietly',
+           'prediction_cases', 'draw', 'flow_scheduler', 'sampling_cases', 'read_photo', 'photo', 'loading_cases',
+           'caching_cases', 'why_not', 'climbed', 'ladder_cases', 'card', 'add_gains', 'measure', 'benchmark', 'table',
+           'main']
 
 # %% ../nbs/16_benchmark.ipynb #4ad6c329
 import copy, ctypes, dataclasses, functools, gc, io, json, re, statistics, tempfile, time
@@ -33,7 +34,7 @@ from .models.vae import AutoencoderKL
 from .sample import check_counts, choose_device, one_line_errors, read_flags
 from .schedulers.flow_matching import make_scheduler
 from .stable_diffusion import rename, save_component, text_to_transformers
-from .train import ARCHITECTURES, Architecture, EveryCaption, Run, TrainConfig, check_image_size, collate, has_bf16, processor_name, recorded, sized
+from .train import ARCHITECTURES, Architecture, EveryCaption, InBFloat16, Run, TrainConfig, check_image_size, collate, has_bf16, processor_name, recorded, sized
 
 # %% ../nbs/16_benchmark.ipynb #ea448567
 def seconds(call: Callable, device: torch.device) -> float:
@@ -182,6 +183,11 @@ def unet_inputs(c: BenchmarkConfig, device: torch.device) -> tuple[Tensor, Tenso
             torch.randn(n, text.max_position_embeddings, unet.cross_attention_dim, device=device))
 
 # %% ../nbs/16_benchmark.ipynb #71e5036e
+def as_trained(model: nn.Module, run: Run) -> nn.Module:
+    "In bfloat16 ours as `tinydiff-train` computes it; all others, and in float32 ours, as they are."
+    return InBFloat16(model) if run.bf16 and isinstance(model, (UNet, AutoencoderKL, CLIP)) else model
+
+
 def training(model: nn.Module, loss: Callable[[nn.Module], Tensor], run: Run, attention=nullcontext, fused: bool | None = True) -> Callable:
     "A function that trains the model by one step, and returns the loss before it."
     optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-4, fused=fused)
@@ -220,7 +226,7 @@ def unet_loss(c: BenchmarkConfig, device: torch.device) -> Callable[[nn.Module],
 def unet_cases(c: BenchmarkConfig, run: Run) -> dict[str, Case]:
     "A training step of the UNet."
     loss = unet_loss(c, run.device)
-    return cases(UNet(c.networks.unet), lambda unet: training(unet, loss, run), c.batch_size, run)
+    return cases(UNet(c.networks.unet), lambda unet: training(as_trained(unet, run), loss, run), c.batch_size, run)
 
 # %% ../nbs/16_benchmark.ipynb #4634af75
 def posterior(vae: nn.Module, images: Tensor):
@@ -239,8 +245,9 @@ def vae_loss(c: BenchmarkConfig, device: torch.device) -> Callable[[nn.Module], 
     vae, images = c.networks.vae, pictures(c, device)
     eps = torch.randn(c.batch_size, vae.latent_channels, *2 * (c.image_size // vae.downsample_factor,), device=device)
     def loss(vae):
-        q = posterior(vae, images)
-        error = answer(vae.decode(q.mean + (0.5 * q.logvar).exp() * eps)).float() - images
+        if isinstance(vae, (AutoencoderKL, InBFloat16)): decoded, q = vae(images, eps=eps)
+        else: decoded = answer(vae.decode((q := posterior(vae, images)).mean + (0.5 * q.logvar).exp() * eps))
+        error = decoded.float() - images
         return error.abs().mean() + error.square().mean() + TrainConfig.kl_weight * q.kl().float().mean()
     return loss
 
@@ -248,7 +255,7 @@ def vae_loss(c: BenchmarkConfig, device: torch.device) -> Callable[[nn.Module], 
 def vae_cases(c: BenchmarkConfig, run: Run) -> dict[str, Case]:
     "A training step of the autoencoder."
     loss = vae_loss(c, run.device)
-    return cases(AutoencoderKL(c.networks.vae), lambda vae: training(vae, loss, run), c.batch_size, run)
+    return cases(AutoencoderKL(c.networks.vae), lambda vae: training(as_trained(vae, run), loss, run), c.batch_size, run)
 
 # %% ../nbs/16_benchmark.ipynb #b74f4921
 def clip_loss(c: BenchmarkConfig, device: torch.device) -> Callable[[nn.Module], Tensor]:
@@ -256,14 +263,14 @@ def clip_loss(c: BenchmarkConfig, device: torch.device) -> Callable[[nn.Module],
     text, images = c.networks.text, pictures(c, device)
     ids = torch.randint(text.eos_token_id, (c.batch_size, text.max_position_embeddings), device=device)
     ids[:, text.max_position_embeddings // 2 :] = text.eos_token_id
-    logits = lambda clip: clip(images, ids) if isinstance(clip, CLIP) else clip(input_ids=ids, pixel_values=images).logits_per_image
+    logits = lambda clip: clip(images, ids) if isinstance(clip, (CLIP, InBFloat16)) else clip(input_ids=ids, pixel_values=images).logits_per_image
     return lambda clip: contrastive_loss(logits(clip), ids)
 
 
 def clip_cases(c: BenchmarkConfig, run: Run) -> dict[str, Case]:
     "A training step of CLIP."
     loss = clip_loss(c, run.device)
-    return cases(CLIP(c.networks.text, c.networks.vision), lambda clip: training(clip, loss, run), c.batch_size, run)
+    return cases(CLIP(c.networks.text, c.networks.vision), lambda clip: training(as_trained(clip, run), loss, run), c.batch_size, run)
 
 # %% ../nbs/16_benchmark.ipynb #05a16a88
 ADD_COMPILE = "not measured: add --compile"
@@ -345,12 +352,12 @@ def caching_cases(c: BenchmarkConfig, run: Run) -> dict[str, Case]:
     return cases(AutoencoderKL(c.networks.vae), lambda vae: quietly(lambda: kept(posterior(vae, images)), run), c.batch_size, run)
 
 # %% ../nbs/16_benchmark.ipynb #73a22b11
-RUNGS = ("eager float32", "channels_last", "bfloat16", "SDPA", "fused AdamW", "CUDA graphs", "compile")
+RUNGS = ("eager float32", "channels_last", "bfloat16", "copies at once", "SDPA", "fused AdamW", "CUDA graphs", "compile")
 
 
 def why_not(rung: str, c: BenchmarkConfig, device: torch.device) -> str:
     "Why a rung is left out; empty where it is not."
-    if rung == "bfloat16" and not has_bf16(device) or rung == "CUDA graphs" and device.type != "cuda": return "not on this device"
+    if rung in ("bfloat16", "copies at once") and not has_bf16(device) or rung == "CUDA graphs" and device.type != "cuda": return "not on this device"
     if rung == "SDPA" and device.type == "cpu" and has_bf16(device): return "a CPU's attention is written out in bfloat16 (notebook 07)"
     return ADD_COMPILE if rung == "compile" and not c.compile else ""
 
@@ -360,7 +367,8 @@ def climbed(unet: UNet, loss: Callable, run: Run, rungs: set[str], inputs: tuple
     model = copy.deepcopy(unet).to(memory_format=torch.channels_last if "channels_last" in rungs else torch.contiguous_format)
     run = dataclasses.replace(run, bf16="bfloat16" in rungs)
     if "compile" in rungs: model = torch.compile(model, mode="reduce-overhead" if "CUDA graphs" in rungs else None)
-    elif "CUDA graphs" in rungs: model = recorded(model, inputs, run)
+    elif "copies at once" in rungs: model = InBFloat16(model)
+    if "CUDA graphs" in rungs and "compile" not in rungs: model = recorded(model, inputs, run)
     attention = nullcontext if "SDPA" in rungs else functools.partial(sdpa_kernel, SDPBackend.MATH)
     return training(model, loss, run, attention, fused="fused AdamW" in rungs or None)
 

@@ -33,13 +33,13 @@ def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
     wide = x.shape[1] <= x.shape[2]
     x = x if wide else x.mT
     with full_float32():
-        square, product = x @ x.mT, None
+        square, product = torch.bmm(x, x.mT), None
         for i in range(iterations):
             factor = torch.baddbmm(square, square, square, beta=b, alpha=c)
             factor.diagonal(dim1=1, dim2=2).add_(a)
-            product = factor if product is None else factor @ product
-            if i + 1 < iterations: square = factor @ (factor @ square)
-        x = x if product is None else product @ x
+            product = factor if product is None else torch.bmm(factor, product)
+            if i + 1 < iterations: square = torch.bmm(factor, torch.bmm(factor, square))
+        x = x if product is None else torch.bmm(product, x)
     return x if wide else x.mT
 
 # %% ../nbs/17_muon.ipynb #1973f34b
@@ -80,13 +80,14 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         "Update every weight that has a gradient; none where the training loop has set `found_inf` to 1. It does not wait for a GPU."
-        stop = getattr(self, "found_inf", None)
+        found = getattr(self, "found_inf", None)
+        stop = None if found is None else found > 0
         for group in self.param_groups:
             if not (weights := [p for p in group["params"] if p.grad is not None]): continue
             states, grads = [self.state[p] for p in weights], [p.grad for p in weights]
             moved = torch._foreach_mul(weights, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(moved, getattr(self, group["update"])(states, grads, group), alpha=-group["lr"])
-            for p, new in zip(weights, moved): p.copy_(new) if stop is None else torch.where(stop > 0, p, new, out=p)
+            for p, new in zip(weights, moved): p.copy_(new) if stop is None else torch.where(stop, p, new, out=p)
 
     def muon(self, states: list[dict], grads: list[Tensor], group: dict) -> list[Tensor]:
         "Equation (4)'s directions; matrices of one shape go through the iteration together."
@@ -101,7 +102,9 @@ class Muon(torch.optim.Optimizer):
         "Equation (3)'s directions."
         beta1, beta2 = group["betas"]
         m, v = averages(states, "exp_avg", grads, beta1), averages(states, "exp_avg_sq", torch._foreach_mul(grads, grads), beta2)
-        ks = [state.setdefault("step", torch.tensor(0.0)).add_(1).item() for state in states]  # these lie on the CPU
+        steps = [state["step"] if "step" in state else state.setdefault("step", torch.tensor(0.0)) for state in states]  # these lie on the CPU
+        torch._foreach_add_(steps, 1)
+        ks = torch.stack(steps).tolist()
         size = torch._foreach_sqrt(torch._foreach_div(v, [1 - beta2**k for k in ks]))
         torch._foreach_add_(size, 1e-8)
         return torch._foreach_div(torch._foreach_div(m, [1 - beta1**k for k in ks]), size)

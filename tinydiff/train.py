@@ -13,11 +13,11 @@ __all__ = ['RANGES', 'PRESETS', 'ARCHITECTURES', 'CHECKPOINT', 'PACKAGES', 'seed
            'scaling_factor', 'captions_of', 'CLIPStage', 'Parts', 'load_parts', 'make_unet', 'needed_items',
            'encode_dataset', 'data_fingerprint', 'parts_fingerprint', 'fingerprint', 'check_same_parts',
            'remember_parts', 'read_cache', 'write_cache', 'joined', 'cached_latents', 'EncodedData', 'draw_by_time',
-           'Denoiser', 'OneAhead', 'DiffusionStage', 'stop_signals', 'blame', 'Guard', 'backward', 'recorded',
-           'parallel', 'Progress', 'leave', 'finish', 'fit', 'has_bf16', 'join_processes', 'keep_freed_memory',
-           'check_shares', 'check_image_size', 'check_out', 'processor_name', 'git_commit', 'describe_run',
-           'with_earlier', 'open_run', 'with_folder', 'with_own_parts', 'open_dataset', 'explained', 'train',
-           'stored_config', 'read_config', 'main']
+           'Denoiser', 'OneAhead', 'DiffusionStage', 'stop_signals', 'blame', 'Guard', 'backward', 'ToBFloat16',
+           'InBFloat16', 'recorded', 'parallel', 'Progress', 'leave', 'finish', 'fit', 'has_bf16', 'join_processes',
+           'keep_freed_memory', 'check_shares', 'check_image_size', 'check_out', 'processor_name', 'git_commit',
+           'describe_run', 'with_earlier', 'open_run', 'with_folder', 'with_own_parts', 'open_dataset', 'explained',
+           'train', 'stored_config', 'read_config', 'main']
 
 # %% ../nbs/11_train.ipynb #b8522702
 import argparse
@@ -998,6 +998,41 @@ def backward(stage, model: nn.Module, step: int, run: Run) -> tuple[Tensor, dict
     return total, numbers
 
 # %% ../nbs/11_train.ipynb #260ebf6f
+class ToBFloat16(torch.autograd.Function):
+    "bfloat16 copies of all float32 weights at once, and all their gradients at once back to float32: two launches, not two for each weight."
+
+    @staticmethod
+    def forward(ctx, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        copies = tuple(torch.empty_like(w, dtype=torch.bfloat16) for w in weights)
+        torch._foreach_copy_(copies, weights)
+        ctx.mark_non_differentiable(*(copy for copy, needed in zip(copies, ctx.needs_input_grad) if not needed))
+        return copies
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        there = [g for g in gradients if g is not None]
+        torch._foreach_copy_(wide := [torch.empty_like(g, dtype=torch.float32) for g in there], there)
+        wide = iter(wide)
+        return tuple(g if g is None else next(wide) for g in gradients)
+
+
+class InBFloat16(nn.Module):
+    "A model that computes with bfloat16 copies of its float32 weights, which learn (Micikevicius et al. 2018, section 3.1)."
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        twin, self.model = copy.deepcopy(model), model
+        self.places = [(module._parameters, name) for module in twin.modules() for name, p in module._parameters.items() if p is not None]
+        self.compute = twin.forward  # a function, so that the twin's weights are not among this module's
+
+    def forward(self, *inputs, **named):
+        for (parameters, name), weight in zip(self.places, ToBFloat16.apply(*self.model.parameters()), strict=True):
+            parameters[name] = weight
+        with torch.autocast(weight.device.type, enabled=False):
+            return self.compute(*inputs, **named)
+
+
 def recorded(model: nn.Module, inputs: tuple[Tensor, ...], run: Run) -> nn.Module:
     "The model with its forward and backward pass as two CUDA graphs, for inputs of these shapes."
     with torch.autocast("cuda", torch.bfloat16, enabled=run.bf16, cache_enabled=False):
@@ -1005,9 +1040,11 @@ def recorded(model: nn.Module, inputs: tuple[Tensor, ...], run: Run) -> nn.Modul
 
 
 def parallel(stage, model: nn.Module, run: Run) -> nn.Module:
-    "The model as the loop calls it: compiled or recorded if asked, its gradients averaged over processes if there are several."
+    "The model as the loop calls it: in bfloat16, compiled or recorded if asked, its gradients averaged over processes if there are several."
     if run.config.compile:
-        model = torch.compile(model)
+        model = torch.compile(model)  # autocast's copies become part of its kernels
+    elif run.bf16:
+        model = InBFloat16(model)
     if run.config.cuda_graphs and stage.name == "diffusion":
         latents, _, *others = stage.batch(0)
         model = recorded(model, (latents, *others), run)

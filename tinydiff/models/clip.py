@@ -198,7 +198,7 @@ class ImageEncoder(nn.Module):
         self.final_layer_norm = nn.LayerNorm(c.hidden_size)
 
     def forward(self, images: Tensor) -> Tensor:  # (batch, 3, image_size, image_size) -> (batch, hidden_size)
-        x = self.patch_embedding(images).flatten(2).transpose(1, 2)  # (batch, patches, hidden_size)
+        x = self.patch_embedding(images.to(self.class_embedding.dtype)).flatten(2).transpose(1, 2)  # (batch, patches, hidden_size)
         x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1) + self.position_embedding
         for layer in self.layers:
             x = layer(x)

@@ -171,6 +171,7 @@ class UNet(nn.Module):
         context: Tensor,  # (batch, length, cross_attention_dim) states of the text encoder
     ) -> Tensor:  # (batch, out_channels, height, width)
         time = self.time_embedding(timesteps.expand(len(sample)))
+        sample, context = (x.to(self.conv_in.weight.dtype) for x in (sample, context))
         x = self.conv_in(sample)
         skips = [x]
         for block in self.down_blocks:

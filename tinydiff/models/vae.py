@@ -208,10 +208,10 @@ class AutoencoderKL(nn.Module):
         factor = self.config.downsample_factor
         if images.shape[-1] % factor or images.shape[-2] % factor:
             raise ValueError(f"height and width must be multiples of {factor}, not {images.shape[-2]} x {images.shape[-1]}")
-        return DiagonalGaussian.from_moments(self.quant_conv(self.encoder(images)))
+        return DiagonalGaussian.from_moments(self.quant_conv(self.encoder(images.to(self.quant_conv.weight.dtype))))
 
     def decode(self, latents: Tensor) -> Tensor:  # (batch, latent_channels, height / f, width / f) -> (batch, 3, height, width)
-        return self.decoder(self.post_quant_conv(latents))
+        return self.decoder(self.post_quant_conv(latents.to(self.quant_conv.weight.dtype)))
 
     def forward(self, images: Tensor, generator: torch.Generator | None = None, eps: Tensor | None = None, shrink: int = 1) -> tuple[Tensor, DiagonalGaussian]:
         "Reconstruction of a sample of the latents, averaged over squares of `shrink` x `shrink` first; and their distribution."
