@@ -997,7 +997,7 @@ def backward(stage, model: nn.Module, step: int, run: Run) -> tuple[Tensor, dict
         total = total + loss.detach() / stage.parts
     return total, numbers
 
-# %% ../nbs/11_train.ipynb #260ebf6f
+# %% ../nbs/11_train.ipynb #fb050255
 class ToBFloat16(torch.autograd.Function):
     "bfloat16 copies of all float32 weights at once, and all their gradients at once back to float32: two launches, not two for each weight."
 
@@ -1032,9 +1032,11 @@ class InBFloat16(nn.Module):
         with torch.autocast(weight.device.type, enabled=False):
             return self.compute(*inputs, **named)
 
-
+# %% ../nbs/11_train.ipynb #260ebf6f
 def recorded(model: nn.Module, inputs: tuple[Tensor, ...], run: Run) -> nn.Module:
     "The model with its forward and backward pass as two CUDA graphs, for inputs of these shapes."
+    if hasattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch"):  # PyTorch 2.10; what it warns of is how recording works
+        torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
     with torch.autocast("cuda", torch.bfloat16, enabled=run.bf16, cache_enabled=False):
         return torch.cuda.make_graphed_callables(copy.copy(model), inputs, allow_unused_input=True)  # only the copy's forward changes
 
@@ -1316,8 +1318,12 @@ def explained(stage: str, run: Run) -> Iterator[None]:
             raise ValueError(f"stage {stage} needs more memory than {run.device} has: lower --{size} ({getattr(run.config, size)}){parts}{again}, "
                              f"or lower --image_size; then go on with --resume --out {run.folder}") from None
         if run.world > 1 and any(word in text for word in ("onnection", "peer", "timed out", "NCCL", "gloo")):
-            raise ValueError(f"process {run.rank} of {run.world} has lost another one, which was killed or failed: see the lines above, if there are any; "
-                             f"go on from the last checkpoint, with any number of processes, with --resume --out {run.folder}") from None
+            lost = (f"process {run.rank} of {run.world} has lost another one, which was killed or failed: see the lines above, if there are any; "
+                    f"go on from the last checkpoint, with any number of processes, with --resume --out {run.folder}")
+            if run.device.type == "cuda":  # a GPU waits for the lost one's numbers, and Python's orderly end would wait for the GPU
+                print("error:", lost, file=sys.stderr, flush=True)
+                os._exit(2)
+            raise ValueError(lost) from None
         raise
 
 # %% ../nbs/11_train.ipynb #40175a0f
