@@ -1,4 +1,5 @@
 "Training: every stage learns, stops and goes on as if it had never stopped; mistakes cost one line; what it writes can be sampled from."
+import copy
 import dataclasses
 import errno
 import json
@@ -24,10 +25,12 @@ import tinydiff.sample
 import tinydiff.train
 from small import QUICK, SMALL, differences, run_command
 from tinydiff.data import image_to_tensor
+from tinydiff.models.clip import CLIPTextEncoder
+from tinydiff.models.unet import UNet
 from tinydiff.sample import TextToImage
 from tinydiff.stable_diffusion import load_text_encoder, load_vae
 from tinydiff.train import (
-    EMA, PRESETS, EncodedData, Guard, Run, StepSampler, TrainConfig, batch_indices, config_from_dict, learning_rate,
+    EMA, PRESETS, Denoiser, EncodedData, Guard, InBFloat16, Run, StepSampler, TrainConfig, batch_indices, config_from_dict, explained, learning_rate,
     load_optimizer_tensors, load_parts, open_dataset, optimizer_tensors, plot_metrics, read_config, read_metrics, train,
 )
 
@@ -682,7 +685,7 @@ def test_muon_without_gradients():
 
 
 def test_muon_does_not_look_whether_the_step_was_good(rng):
-    "Weights stay where `found_inf` is 1, and the only numbers that are fetched are counters, which lie on the CPU."
+    "Weights stay where `found_inf` is 1, and no number is fetched for that; counters lie on the CPU, in a list."
     net, fetched = nn.Linear(3, 3), []
 
     class Spy(TorchDispatchMode):
@@ -697,12 +700,50 @@ def test_muon_does_not_look_whether_the_step_was_good(rng):
         optimizer.found_inf = torch.tensor(bad)
         with Spy():
             optimizer.step()
-        assert fetched == [1.0, 2.0, 3.0][: step + 1]  # the bias's counter
+        assert not fetched
         if step == 0:
             assert not any(torch.equal(p, q) for p, q in zip(net.parameters(), before))
             before = [p.clone() for p in net.parameters()]
         assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before))
         optimizer.zero_grad()
+
+
+def test_bfloat16_copies_compute_and_float32_weights_learn():
+    "The answer and the gradients are those of a bfloat16 model; they arrive in float32, at the weights that are trained and at no other."
+    torch.manual_seed(0)
+    model = Denoiser(UNet(SMALL.unet), CLIPTextEncoder(SMALL.text).requires_grad_(False))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    plain, copies = copy.deepcopy(model).bfloat16(), InBFloat16(model)
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([3.0, 997.0]), torch.randint(500, (2, 32))
+    assert [id(p) for p in copies.parameters()] == [id(p) for p in model.parameters()]
+    for part in range(1, 3):  # gradients of parts add up in float32
+        with torch.autocast("cpu", torch.bfloat16):
+            (answer := copies(*inputs)).float().square().mean().backward()
+        plain.zero_grad()
+        plain(*inputs).float().square().mean().backward()
+        assert answer.dtype == torch.bfloat16 and torch.equal(answer, plain(*inputs))
+        for p, q in zip(model.parameters(), plain.parameters()):
+            assert p.dtype == torch.float32 and (p.grad is None) == (q.grad is None)
+            assert q.grad is None or (p.grad.dtype == torch.float32 and torch.equal(p.grad, part * q.grad.float()))
+    with torch.no_grad():
+        model.unet.conv_out.bias.add_(1)
+    assert torch.allclose(copies(*inputs).float(), answer.float() + 1, atol=0.02)
+
+
+def test_a_process_that_lost_another_ends_at_once_on_a_gpu(tmp_path, monkeypatch, capsys):
+    "Python's orderly end would wait for the GPU, and the GPU for the lost process."
+    def leave(status):
+        raise SystemExit(status)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    for device, end in (("cuda", SystemExit), ("cpu", ValueError)):
+        with pytest.raises(end) as stopped, explained("diffusion", Run(TrainConfig(), tmp_path, torch.device(device), False, 0, 2)):
+            raise RuntimeError("Connection closed by peer [127.0.0.1]:1234")
+        said = capsys.readouterr().err if device == "cuda" else str(stopped.value)
+        assert "process 0 of 2 has lost another one" in said and f"--resume --out {tmp_path}" in said
+        assert device == "cpu" or (stopped.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1)
 
 
 def test_cuda_graphs_are_recorded_for_what_the_loop_calls(base, tmp_path, monkeypatch):
