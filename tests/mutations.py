@@ -131,8 +131,6 @@ MUTATIONS = [
         M + "upsampling_pads_its_weights_by_hand"),
     bug("waiting for the GPU in every step", "muon.py", "        for group in self.param_groups:\n            if not (weights", "        if stop: return\n        for group in self.param_groups:\n            if not (weights",
         T + "muon_does_not_look_whether_the_step_was_good"),
-    bug("gradients of the copies left in bfloat16", "train.py", "wide := [torch.empty_like(g, dtype=torch.float32) for g in there]", "wide := [torch.empty_like(g) for g in there]",
-        T + "bfloat16_copies_compute_and_float32_weights_learn"),
     bug("copies of the weights that were", "train.py", "zip(self.places, ToBFloat16.apply(*self.model.parameters()), strict=True)", "zip(self.places, self.__dict__.setdefault('once', [p.detach().bfloat16() for p in self.model.parameters()]))",
         T + "bfloat16_copies_compute_and_float32_weights_learn"),
     bug("an end that waits for the GPU", "train.py", 'if run.device.type == "cuda":  # a GPU waits', 'if False:  # a GPU waits', T + "a_process_that_lost_another_ends_at_once_on_a_gpu"),
