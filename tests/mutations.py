@@ -117,7 +117,7 @@ MUTATIONS = [
 """, T + "a_step_is_saved_before_it_is_drawn"),
     bug("processes that hear of a signal where they report", "train.py", "stopped = run.any_process(bool(stop))", "stopped = report and run.any_process(bool(stop))", T + "two_processes_stop_at_once"),
     bug("what one process alone skipped", "train.py", "stage.dataset.skipped |= skipped > 0", "pass", T + "what_either_process_skipped_is_named"),
-    bug("processes that all encode everything", "train.py", "items.tensor_split(run.world)[run.rank])", "items)", T + "two_processes_share_the_encoding"),
+    bug("processes that all encode everything", "train.py", "items.tensor_split(len(shares))[run.rank])", "items)", T + "two_processes_share_the_encoding"),
     bug("repainting at two noise levels", "playground.py", "torch.tensor(chain[state.step])", "torch.tensor(scheduler.previous_timestep(state.timestep))",
         "test_playground.py::test_repaint_shows_the_model_one_noise_level[heun]"),
     # --- CLIP

@@ -22,7 +22,7 @@ QUICK = dict(image_size=16, subset_size=24, num_workers=0, steps=2, vae_steps=2,
 
 
 def differences(left: Path, right: Path, stage: str) -> list[str]:
-    "What is not equal, bit for bit, in two runs' last checkpoints, in what their stages made, and in metrics; the pace in images a second does not count."
+    "What is not equal, bit for bit, in two runs' last checkpoints, in what their stages made, in pictures and metrics; neither the pace nor the figure of the steps since a resumption counts."
     found = []
     for each in ("vae", "clip", "diffusion") if stage == "all" else (stage,):
         a, b = (max((run / "checkpoints" / each).glob("[0-9]*")) for run in (left, right))
@@ -30,7 +30,7 @@ def differences(left: Path, right: Path, stage: str) -> list[str]:
             one, two = (load_file(path / f"{name}.safetensors") for path in (a, b))
             found += [f"{name}: {key}" for key in one.keys() | two.keys() if key not in one or key not in two or not torch.equal(one[key], two[key])]
         found += ["step"] * (a.name != b.name)
-    made = [{path.relative_to(run): path.read_bytes() for path in run.glob("*/*.safetensors")} for run in (left, right)]
+    made = [{path.relative_to(run): path.read_bytes() for path in (*run.glob("*/*.safetensors"), *run.glob("samples/[!t]*"))} for run in (left, right)]
     found += [str(path) for path in made[0].keys() | made[1].keys() if made[0].get(path) != made[1].get(path)]
     timeless = [[{k: v for k, v in record.items() if k != "images_per_s"} for record in read_metrics(run)] for run in (left, right)]
     return found + ["metrics"] * (timeless[0] != timeless[1])

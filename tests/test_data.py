@@ -1,5 +1,5 @@
 "Every source behind `load_captioned_images`, offline: the hub's repositories are played by small local ones."
-import io, json, subprocess, sys
+import io, json, subprocess, sys, zlib
 from dataclasses import replace
 
 import numpy as np
@@ -144,7 +144,7 @@ def test_broken_rows_of_a_repository(tmp_path, monkeypatch, rng):
     with pytest.warns(UserWarning, match="item 1 skipped"): assert items[1]["caption"] in captions_of(3)
     with pytest.warns(UserWarning, match="item 2 skipped: no caption"):
         stream = list(load_captioned_images("flickr30k", streaming=True))
-    with pytest.warns(UserWarning, match="2 of the 4 items of this stream skipped"): list(load_captioned_images("flickr30k", streaming=True))
+    with pytest.warns(UserWarning, match="2 of the 4 items that this process read from the stream skipped"): list(load_captioned_images("flickr30k", streaming=True))
     assert [item["caption"][-1] for item in stream] == ["0", "3"]
 
 
@@ -223,6 +223,15 @@ def test_folder(tmp_path, rng, kind):
     with pytest.raises(ValueError, match="has no split 'test'; allowed: train, validation"): load_captioned_images(str(tmp_path), "test")
 
 
+def test_a_picture_without_its_text_file_is_counted(tmp_path, rng):
+    for name in "ab": noise(rng).save(tmp_path / f"{name}.png")
+    with pytest.raises(FileNotFoundError, match="no captioned images"): load_captioned_images(str(tmp_path))
+    (tmp_path / "b.txt").write_text("a boat")
+    items = load_captioned_images(str(tmp_path), image_size=8)
+    with pytest.warns(UserWarning, match="no caption for .*a.png"): assert [item["caption"] for item in items] == ["a boat", "a boat"]
+    assert "1 of 2 items skipped" in skipped_report(items) and "a.png" in skipped_report(items, names=None)
+
+
 def test_scenes():
     train = load_captioned_images("scenes", subset_size=5, image_size=32, seed=3)
     assert len(train) == 5 and train[4]["pixel_values"].shape == (3, 32, 32)
@@ -266,6 +275,11 @@ def test_broken_files(tmp_path, rng):
     names = ["missing.png", "whole.jpg", "cut.jpg"]
     items = CaptionedImages([(tmp_path / n, [n]) for n in names], read_file, 8)
     with pytest.warns(UserWarning, match="skipped"): assert [item["caption"] for item in items] == ["whole.jpg"] * 3
+    for error in (AssertionError, AttributeError, zlib.error):  # Pillow's plugins and rows that cannot be fetched raise many kinds
+        class Rows(list):
+            def __getitem__(self, i): return list.__getitem__(self, i) if i else (_ for _ in ()).throw(error("odd"))
+        odd = CaptionedImages(Rows([None, (tmp_path / "whole.jpg", ["whole"])]), read_file, 8)
+        with pytest.warns(UserWarning, match="item 0 skipped: odd"): assert odd[0]["caption"] == "whole"
     with pytest.warns(UserWarning), pytest.raises(ValueError, match="none of the 2 items"):
         CaptionedImages([(tmp_path / names[0], ["a"])] * 2, read_file, 8)[0]
 
@@ -365,6 +379,31 @@ def odd_files(rng):
         "truncated": (whole[: len(whole) // 2], None), "empty": (b"", None), "html": (b"<html>404</html>", None),
         "huge": (saved(Image.new("1", (20_000, 10_000)), format="PNG"), None),  # 200 million pixels in a small file: a decompression bomb
     }
+
+
+def detailed(rng, height, width):
+    "Detail at every scale, as photos have it."
+    scales = [noise(rng, max(2, height >> i), max(2, width >> i)).resize((width, height), Image.Resampling.BICUBIC) for i in range(1, 9)]
+    return Image.fromarray(np.mean([np.asarray(scale, float) for scale in scales], axis=0).round().astype(np.uint8))
+
+
+@pytest.mark.parametrize("how, size", [({}, (102, 77)), ({"exif": 6}, (77, 102)), ({"mode": "CMYK"}, (102, 77)), ({"mode": "L"}, (102, 77)),
+                                       ({"progressive": True}, (102, 77)), ({"format": "MPO"}, (102, 77)), ({"format": "PNG"}, (813, 609))])
+def test_a_large_jpeg_is_decoded_to_what_is_needed(tmp_path, rng, how, size):
+    "Twice the size, at least, and hardly another picture than by way of all its pixels; by file, and by repository."
+    picture, exif = detailed(rng, 609, 813).convert(how.get("mode", "RGB")), Image.Exif()
+    exif[274] = how.get("exif", 1)
+    content = saved(picture, format=how.get("format", "JPEG"), exif=exif, progressive=how.get("progressive", False))
+    (tmp_path / "large").write_bytes(content)
+    repo = write_repo(tmp_path / "repo", [{"image": {"bytes": content, "path": "large"}, "caption": "a"}], "train")
+    whole = image_to_tensor(Image.open(io.BytesIO(content)), 32)
+    for items in CaptionedImages([(tmp_path / "large", ["a"])], read_file, 32), load_captioned_images(repo, image_size=32, cache_dir=str(tmp_path / "cache")):
+        assert items.read(0)[0].size == size
+        assert (items[0]["pixel_values"] - whole).square().mean().sqrt() < 0.04 < whole.std() / 2
+    needs_all = CaptionedImages([(tmp_path / "large", ["a"])], read_file, 305)
+    assert sorted(needs_all.read(0)[0].size) == [609, 813] and torch.equal(needs_all[0]["pixel_values"], image_to_tensor(Image.open(io.BytesIO(content)), 305))
+    (tmp_path / "cut").write_bytes(content[: len(content) // 2])
+    with pytest.warns(UserWarning, match="item 0 skipped"): assert CaptionedImages([(tmp_path / "cut", ["a"])], read_file, 32).read_or_warn(0) is None
 
 
 @pytest.mark.filterwarnings("ignore")

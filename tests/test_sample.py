@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -295,6 +296,14 @@ def test_half_a_character_is_read_as_a_question_mark(pipe):
 def test_half_precision(folder, dtype):
     pipe = TextToImage.from_pretrained(folder).to(dtype)
     assert pipe("a boat", num_inference_steps=2)[0].size == (16, 16)
+    *_, last = pipe.stream("a boat", num_inference_steps=2)
+    assert last.latents.dtype == torch.float32
+
+
+def test_bfloat16_hardly_changes_a_picture():
+    pipes = [TextToImage.from_pretrained("tiny", dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+    whole, rounded = (np.asarray(pipe("a red boat at night", num_inference_steps=6, seed=3)[0], float) for pipe in pipes)
+    assert 0 < np.abs(whole - rounded).mean() < 8 < np.abs(whole - whole.mean((0, 1))).mean()
 
 
 def test_too_many_pictures_at_once(cli, folder, monkeypatch):

@@ -83,6 +83,7 @@ def assert_same_run(left, right, stage, step):
     ("clip", dict(num_workers=2)),
     ("diffusion", dict(num_workers=2, flip=True)),
     ("diffusion", dict(scheduler="ddpm", prediction_type="v_prediction", snr_gamma=5.0)),
+    *((stage, dict(precision="bf16")) for stage in ("vae", "clip", "diffusion")),
 ], ids=lambda value: value if isinstance(value, str) else "-".join(value))
 def test_resumed_equals_uninterrupted(base, tmp_path, monkeypatch, stage, options):
     "20 steps, and 10 steps, SIGTERM, 10 steps: mid-epoch, for every stage and both schedulers, with and without workers."
@@ -271,10 +272,26 @@ def test_no_checkpoint_can_be_read(base, tmp_path):
 
 def test_a_step_is_saved_before_it_is_drawn(base, tmp_path, monkeypatch):
     "A picture that fails loses nothing."
-    monkeypatch.setattr(tinydiff.train.DiffusionStage, "preview", lambda *args: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(tinydiff.train.DiffusionStage, "preview", lambda *args: 1 / 0)
         train(on(base, steps=3, checkpoint_every=2, sample_every=2, out=str(tmp_path / "run")))
     assert (tmp_path / "run/checkpoints/diffusion/0000002").is_dir()
+    assert not (tmp_path / "run/samples/diffusion-000002.png").exists()
+    train(read_config(["--resume", "--out", str(tmp_path / "run")]))
+    whole = train(on(base, steps=3, checkpoint_every=2, sample_every=2, out=str(tmp_path / "whole")))
+    assert not differences(whole, tmp_path / "run", "diffusion"), "what was not drawn is drawn now"
+    assert len(list((whole / "samples").glob("diffusion-*.png"))) == 2
+
+
+def test_pictures_are_written_whole(base, tmp_path, monkeypatch):
+    "A picture that fails halfway leaves no half of it behind under its name."
+    def half(image, path, *args):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(Image.Image, "save", half)
+    with pytest.raises(OSError, match="make room"):
+        train(on(base, steps=2, sample_every=1, out=str(tmp_path / "run")))
+    assert not list((tmp_path / "run/samples").glob("*.png"))
 
 
 def test_full_disk(base, tmp_path, capfd):
@@ -370,6 +387,16 @@ def test_two_processes_share_the_encoding(base, tmp_path, monkeypatch):
     assert not list((tmp_path / "two").glob("latents-*"))
 
 
+def test_more_processes_than_pictures(base, tmp_path):
+    "One has nothing to encode; and what a killed run of more processes left is cleared away."
+    folder = picture_folder(tmp_path / "data", count=1)
+    config = on(base, dataset=str(folder), subset_size=0, batch_size=2, steps=2, out=str(tmp_path / "run"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/latents-7.safetensors").touch()
+    assert by_two(config) == [0, 0]
+    assert [path.name for path in (tmp_path / "run").glob("latents*")] == ["latents.safetensors"]
+
+
 def test_what_either_process_skipped_is_named(tmp_path, monkeypatch, capfd):
     folder = picture_folder(tmp_path / "data", count=8)
     for i in batch_indices(8, 8, 0, 0)[:4:3]: (folder / f"{i}.png").write_bytes(b"<html>")  # 2 and 4: one for each process
@@ -387,6 +414,7 @@ def test_run_record(base, tmp_path):
     assert torch.__version__.startswith(first["packages"]["torch"]) and first["hardware"]["cpus"] == os.cpu_count() and first["hardware"]["processor"]
     assert re.fullmatch(r"[0-9a-f]{12}\+?", first["commit"]) or not os.path.isdir(".git")
     again = json.loads((train(dataclasses.replace(on(base), resume=True, steps=3, out=str(run))) / "run.json").read_text())
+    assert first["chosen"] == {"device": "cpu", "precision": "fp32", "num_workers": 0}
     assert again["data"] == first["data"] and [start["config"]["steps"] for start in again["earlier"]] == [2] and again["config"]["steps"] == 3
 
 
@@ -405,6 +433,7 @@ def test_skipped_pictures_are_named_at_the_end(tmp_path, capsys):
     train(TrainConfig(**QUICK | dict(stage="vae", dataset=str(folder), subset_size=0, num_workers=2, out=str(tmp_path / "run"))))
     said = capsys.readouterr().err
     assert "1 of 4 items skipped" in said and re.search(r"item 2: cannot identify image file '.*/2.png'", said)
+    assert (tmp_path / "run/skipped.txt").read_text() in said
 
 
 @pytest.mark.parametrize("error, message", [
@@ -789,7 +818,7 @@ def test_the_loop_does_not_wait_for_the_device(base, tmp_path, monkeypatch):
 
     rate = tinydiff.train.learning_rate
     monkeypatch.setattr(tinydiff.train, "learning_rate", lambda now, *args: step.__setitem__(0, now + 1) or rate(now, *args))
-    for owner, name in ((tinydiff.train.DiffusionStage, "loss"), (nn.utils, "clip_grad_norm_"), (Guard, "see"), (Guard, "check"), (torch.optim.AdamW, "step"),
+    for owner, name in ((tinydiff.train.DiffusionStage, "loss"), (nn.utils, "clip_grad_norm_"), (Guard, "see"), (Guard, "check"), (tinydiff.train.Muon, "step"), (torch.optim.AdamW, "step"),
                         (EMA, "update"), (tinydiff.train.Progress, "report")):
         monkeypatch.setattr(owner, name, spied(getattr(owner, name)))
     train(on(base, steps=8, log_every=4, sample_every=100, checkpoint_every=6, out=str(tmp_path / "run")))

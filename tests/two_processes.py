@@ -1,7 +1,7 @@
 """Two processes against one: `python tests/two_processes.py`.
 
-The same small run with AdamW by one process, and by two that `torchrun` starts and that share its batches: the losses of 100 steps must agree
-to 1e-6. (The VAE learns with 5e-4: with the preset's 2e-3 rounding grows to 1e-5 and more. How much it grows where one process adds with two threads
+The same small run by one process, and by two that `torchrun` starts and that share its batches: with AdamW the losses of 100 steps must agree
+to 1e-6. (`--optimizer muon` is reported, but not judged: it lifts directions in which there is nothing but rounding. The VAE learns with 5e-4: with the preset's 2e-3 rounding grows to 1e-5 and more. How much it grows where one process adds with two threads
 instead of one is measured beside it.) Then one of two processes is killed in the middle: the other must say so in one line; and one
 process must be able to go on where the two stopped, with the same losses. With `--device cuda` they talk through NCCL, which wants a GPU for each
 process of a host: where there is but one GPU, each process says that it is on another host.
@@ -29,7 +29,7 @@ from tinydiff.train import Guard, TrainConfig, read_config, read_metrics, train
 
 def configuration(folder: Path, stage: str, name: str, steps: int) -> TrainConfig:
     parts = dict(vae=str(folder / "parts"), text_encoder=str(folder / "parts")) if stage == "diffusion" else {}
-    return TrainConfig(**QUICK | dict(stage=stage, optimizer="adamw", vae_lr=5e-4, out=str(folder / f"{stage}-{name}"), steps=steps, vae_steps=steps, clip_steps=steps, batch_size=6,
+    return TrainConfig(**QUICK | dict(stage=stage, optimizer=os.environ["OPTIMIZER"], vae_lr=5e-4, out=str(folder / f"{stage}-{name}"), steps=steps, vae_steps=steps, clip_steps=steps, batch_size=6,
                                       vae_batch_size=6, clip_batch_size=6, flip=True, checkpoint_every=10, sample_every=1000) | parts)
 
 
@@ -84,8 +84,10 @@ def largest(one: list[float], other: list[float]) -> float:
     return max(abs(a - b) for a, b in zip(one, other)) if len(one) == len(other) else float("inf")
 
 
-def report(folder: Path, steps: int, device: str) -> bool:
+def report(folder: Path, steps: int, device: str, optimizer: str) -> bool:
     "Print what came out; was all as it should be?"
+    os.environ["OPTIMIZER"] = optimizer  # its processes hear it
+    allowed = 1e-6 if optimizer == "adamw" else float("inf")
     def must(done):
         return done if done.returncode == 0 else sys.exit(done.stderr[-3000:])
 
@@ -97,8 +99,8 @@ def report(folder: Path, steps: int, device: str) -> bool:
     for stage in ("vae", "clip", "diffusion"):
         one, two = (losses(folder / f"{stage}-{name}") for name in ("one", "two"))
         difference, moved = largest(one, two), one[0] - one[-1]
-        good &= difference <= 1e-6 and len(two) == steps
-        print(f"{stage:9}: {steps} steps by one process and by two, losses from {one[0]:.4f} to {one[-1]:.4f}; largest difference {difference:.1e}; "
+        good &= difference <= allowed and len(two) == steps
+        print(f"{stage:9}: {steps} steps with {optimizer} by one process and by two, losses from {one[0]:.4f} to {one[-1]:.4f}; largest difference {difference:.1e}; "
               f"{len(two)} records, one process wrote", flush=True)
     difference = largest(losses(folder / "vae-one"), losses(folder / "vae-threads"))
     print(f"vae      : {steps} steps by one process with one thread and with two; largest difference {difference:.1e}", flush=True)
@@ -108,7 +110,7 @@ def report(folder: Path, steps: int, device: str) -> bool:
     print(f"rank 1 killed in step 15: exit status {killed.returncode}; rank 0 says\n    {said[0] if said else killed.stderr[-1500:]}")
     must(launch(1, "resume", folder, "diffusion-killed", steps, "live", device))
     difference = largest(losses(folder / "diffusion-one"), losses(folder / "diffusion-killed"))
-    good &= difference <= 1e-6
+    good &= difference <= allowed
     print(f"resumed by one process: largest difference {difference:.1e}")
     return good
 
@@ -120,5 +122,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
     with tempfile.TemporaryDirectory() as scratch:
         sys.exit(not report(Path(scratch), **vars(parser.parse_args())))

@@ -6,7 +6,7 @@
 __all__ = ['PEAKS', 'Task', 'CLIP_KEYS', 'ADD_COMPILE', 'RUNGS', 'TASKS', 'COLUMNS', 'seconds', 'in_turns', 'matmul_ceiling',
            'flops', 'peak_flops', 'peak_memory', 'BenchmarkConfig', 'diffusers_twin', 'transformers_twin', 'twins',
            'answer', 'unet_inputs', 'as_trained', 'training', 'Case', 'cases', 'unet_loss', 'unet_cases', 'posterior',
-           'pictures', 'vae_loss', 'vae_cases', 'clip_loss', 'clip_cases', 'compiled_cases', 'quietly',
+           'pictures', 'vae_loss', 'vae_cases', 'clip_loss', 'clip_cases', 'compiled_cases', 'precision',
            'prediction_cases', 'draw', 'flow_scheduler', 'sampling_cases', 'read_photo', 'photo', 'loading_cases',
            'caching_cases', 'why_not', 'climbed', 'ladder_cases', 'card', 'add_gains', 'measure', 'benchmark', 'table',
            'main']
@@ -34,7 +34,7 @@ from .models.vae import AutoencoderKL
 from .sample import check_counts, choose_device, one_line_errors, read_flags
 from .schedulers.flow_matching import make_scheduler
 from .stable_diffusion import rename, save_component, text_to_transformers
-from .train import ARCHITECTURES, Architecture, EveryCaption, InBFloat16, Run, TrainConfig, check_image_size, collate, has_bf16, processor_name, recorded, sized
+from .train import ARCHITECTURES, PRESETS, Architecture, EveryCaption, InBFloat16, Run, TrainConfig, check_image_size, collate, has_bf16, processor_name, reading_processes, recorded, sized
 
 # %% ../nbs/16_benchmark.ipynb #ea448567
 def seconds(call: Callable, device: torch.device) -> float:
@@ -108,7 +108,7 @@ class BenchmarkConfig:
     batch_size: int = 32  # pictures in a training step, a prediction, a batch that is loaded or encoded
     num_images: int = 36  # pictures that task sampling draws
     steps: int = 15  # in which it draws them
-    num_workers: int = 1  # processes that read pictures in task loading
+    num_workers: int | None = None  # processes that read pictures in task loading; None: as many as in training
     repeats: int = 5  # rounds that count
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the device computes in it
     compile: bool = False  # measure what is compiled, too; on a CPU compiling takes minutes
@@ -116,7 +116,7 @@ class BenchmarkConfig:
     json: str | None = None  # a file for all numbers
 
     def __post_init__(self):
-        check_counts(**{name: getattr(self, name) for name in ("image_size", "batch_size", "num_images", "steps", "num_workers", "repeats")})
+        check_counts(**{name: getattr(self, name) for name in ("image_size", "batch_size", "num_images", "steps", "num_workers", "repeats") if getattr(self, name) is not None})
         if self.repeats < 2: raise ValueError("--repeats must be at least 2: one round has no quartiles")
         if not self.tasks: raise ValueError(f"--tasks needs at least one of {', '.join(get_args(Task))}")
         if self.json and not Path(self.json).parent.is_dir(): raise ValueError(f"--json {self.json}: there is no folder {Path(self.json).parent}")
@@ -284,23 +284,28 @@ def compiled_cases(c: BenchmarkConfig, run: Run) -> dict[str, Case | str]:
             for name, unet in twins(UNet(c.networks.unet), run.device).items()}
 
 # %% ../nbs/16_benchmark.ipynb #c59748be
-def quietly(call: Callable, run: Run) -> Callable:
-    "The call without gradients, in the run's precision."
-    return torch.no_grad()(run.autocast()(call))
+def precision(run: Run) -> torch.dtype:
+    "Of the weights that sample."
+    return torch.bfloat16 if run.bf16 else torch.float32
 
 
 def prediction_cases(c: BenchmarkConfig, run: Run) -> dict[str, Case]:
     "A prediction of the UNet."
-    x = unet_inputs(c, run.device)
-    return cases(UNet(c.networks.unet), lambda model: quietly(lambda: answer(model(*x)), run), c.batch_size, run)
+    (latents, timesteps, context), dtype = unet_inputs(c, run.device), precision(run)
+    x = latents.to(dtype), timesteps, context.to(dtype)
+    def asking(unet):
+        unet.to(dtype)
+        return torch.no_grad()(lambda: answer(unet(*x)))
+    return cases(UNet(c.networks.unet), asking, c.batch_size, run)
 
 
 def draw(unet: nn.Module, vae: nn.Module, scheduler, latents: Tensor, context: Tensor, guidance_scale: float = 4.0) -> Tensor:
-    "Pictures from noise. `context`: first that of no text, then that of the prompts."
+    "Pictures from noise, in the context's precision; the latents keep theirs. `context`: first that of no text, then that of the prompts."
     for t in scheduler.timesteps:
-        no_text, text = answer(unet(torch.cat([latents, latents]), t.to(latents.device), context)).chunk(2)
+        both = torch.cat([latents, latents]).to(context.dtype)
+        no_text, text = answer(unet(both, t.to(latents.device), context)).to(latents.dtype).chunk(2)
         latents = scheduler.step(no_text + guidance_scale * (text - no_text), t, latents).prev_sample
-    return answer(vae.decode(latents / vae.config.scaling_factor))
+    return answer(vae.decode((latents / vae.config.scaling_factor).to(context.dtype)))
 
 
 def flow_scheduler(library: str, steps: int):
@@ -317,9 +322,10 @@ def flow_scheduler(library: str, steps: int):
 def sampling_cases(c: BenchmarkConfig, run: Run) -> dict[str, Case]:
     "Pictures from noise, with guidance."
     latents, _, text = unet_inputs(dataclasses.replace(c, batch_size=c.num_images), run.device)
-    context = torch.cat([text[:1].expand_as(text), text])  # no text is the same for all
-    unets, vaes = twins(UNet(c.networks.unet), run.device), twins(AutoencoderKL(c.networks.vae), run.device)
-    call = lambda name: quietly(lambda: draw(unets[name], vaes[name], flow_scheduler(name, c.steps), latents, context), run)
+    context = torch.cat([text[:1].expand_as(text), text]).to(precision(run))  # no text is the same for all
+    unets, vaes = ({name: model.to(precision(run)) for name, model in twins(network, run.device).items()}
+                   for network in (UNet(c.networks.unet), AutoencoderKL(c.networks.vae)))
+    call = lambda name: torch.no_grad()(lambda: draw(unets[name], vaes[name], flow_scheduler(name, c.steps), latents, context))
     return {name: Case(call(name), c.num_images, run.bf16) for name in unets}
 
 # %% ../nbs/16_benchmark.ipynb #32850750
@@ -336,20 +342,23 @@ def photo() -> bytes:
 
 
 def loading_cases(c: BenchmarkConfig, run: Run) -> dict[str, Case]:
-    "Passes over eight batches of scenes, which are drawn, and of photos, which are decoded; and the training steps that wait for pictures."
-    n = 8 * c.batch_size
+    "Passes over some batches of scenes, which are drawn, and of photos, which are decoded; and a preset's training steps that wait for pictures."
+    readers, preset = c.num_workers or reading_processes(run.config, run.device), PRESETS[{"tiny": "laptop", "base": "gpu"}[c.arch]]
+    n = max(8, 4 * readers) * c.batch_size
     sets = {"scenes": load_captioned_images("scenes", image_size=c.image_size, subset_size=n), "photos": CaptionedImages([photo()] * n, read_photo, c.image_size)}
     def reading(data) -> Case:
-        loader = DataLoader(EveryCaption(data), c.batch_size, num_workers=c.num_workers, collate_fn=collate, persistent_workers=True)
+        loader = DataLoader(EveryCaption(data), c.batch_size, num_workers=readers, collate_fn=collate, persistent_workers=True, pin_memory=run.device.type == "cuda")
         return Case(lambda: [len(images) for images, _ in loader], n, run.bf16, flop=0)
-    return {name: reading(data) for name, data in sets.items()} | {"vae step": vae_cases(c, run)["tinydiff"], "clip step": clip_cases(c, run)["tinydiff"]}
+    of_size = lambda n: dataclasses.replace(c, batch_size=n)
+    return {name: reading(data) for name, data in sets.items()} | {"vae step": vae_cases(of_size(preset.vae_batch_size), run)["tinydiff"],
+                                                                  "clip step": clip_cases(of_size(preset.clip_batch_size), run)["tinydiff"]}
 
 
 def caching_cases(c: BenchmarkConfig, run: Run) -> dict[str, Case]:
     "Pictures to the moments of their latents, in the half precision in which they are kept."
     images = pictures(c, run.device)
     kept = lambda q: torch.cat([q.mean, q.logvar], dim=1).half().cpu()
-    return cases(AutoencoderKL(c.networks.vae), lambda vae: quietly(lambda: kept(posterior(vae, images)), run), c.batch_size, run)
+    return cases(AutoencoderKL(c.networks.vae), lambda vae: torch.no_grad()(run.autocast()(lambda: kept(posterior(vae, images)))), c.batch_size, run)
 
 # %% ../nbs/16_benchmark.ipynb #73a22b11
 RUNGS = ("eager float32", "channels_last", "bfloat16", "copies at once", "SDPA", "fused AdamW", "CUDA graphs", "compile")

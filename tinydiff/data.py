@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['UNREADABLE', 'EMOJI_WORDINGS', 'IMAGE_COLUMNS', 'CAPTION_COLUMNS', 'IMAGE_SUFFIXES', 'FOLDER_SPLITS', 'DATASETS',
-           'to_rgb', 'show_images', 'image_to_tensor', 'tensor_to_images', 'flatten_captions', 'choose_caption',
-           'ImageItems', 'read_file', 'CaptionedImages', 'skipped_report', 'Dealt', 'shuffled', 'dealt',
-           'StreamedImages', 'read_scene', 'with_article', 'emoji_captions', 'unknown', 'import_or_say', 'emoji_rows',
-           'choose_columns', 'parse_rows', 'read_metadata', 'read_sidecars', 'folder_rows', 'HubDataset', 'open_repo',
-           'read_hub_row', 'Grouped', 'hub_rows', 'is_folder', 'find_rows', 'load_captioned_images', 'show_items']
+           'to_rgb', 'show_images', 'image_to_bytes', 'bytes_to_tensor', 'image_to_tensor', 'tensor_to_images',
+           'flatten_captions', 'choose_caption', 'ImageItems', 'read_file', 'CaptionedImages', 'skipped_report',
+           'Dealt', 'shuffled', 'dealt', 'StreamedImages', 'read_scene', 'with_article', 'emoji_captions', 'unknown',
+           'import_or_say', 'emoji_rows', 'choose_columns', 'parse_rows', 'read_metadata', 'read_sidecars',
+           'folder_rows', 'HubDataset', 'open_repo', 'read_hub_row', 'Grouped', 'hub_rows', 'is_folder', 'find_rows',
+           'load_captioned_images', 'show_items']
 
 # %% ../nbs/02_data.ipynb #704b8326
-import csv, difflib, importlib, json, os, random, re, struct, warnings, zlib
+import csv, difflib, importlib, io, json, os, random, re, struct, warnings, zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Subset, get_worker_info
 
@@ -68,14 +69,24 @@ def show_images(
     return fig
 
 # %% ../nbs/02_data.ipynb #48e97709
+def image_to_bytes(
+    image: Image.Image,  # any mode, any size
+    image_size: int,     # pixels, height and width of the result
+) -> Tensor:  # (3, image_size, image_size), uint8
+    "Resize a picture on its short side (antialiased), and crop its center."
+    image = ImageOps.fit(to_rgb(image), (image_size, image_size), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+def bytes_to_tensor(pixels: Tensor) -> Tensor:
+    "From 0...255 (uint8) to [-1, 1] (float32), whatever the shape."
+    return pixels.float() / 127.5 - 1
+
 def image_to_tensor(
     image: Image.Image,  # any mode, any size
     image_size: int,     # pixels, height and width of the result
 ) -> Tensor:  # (3, image_size, image_size), float32 in [-1, 1]
     "Resize a picture on its short side (antialiased), crop its center, and scale it to [-1, 1]."
-    image = ImageOps.fit(to_rgb(image), (image_size, image_size), Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)     # (3, H, W), 0 to 255
-    return pixels.contiguous().float() / 127.5 - 1
+    return bytes_to_tensor(image_to_bytes(image, image_size))
 
 # %% ../nbs/02_data.ipynb #88f8acfa
 def tensor_to_images(
@@ -99,8 +110,8 @@ def choose_caption(captions: list[str], seed: int, epoch: int, index: int) -> st
     return random.Random(f"{seed}-{epoch}-{index}").choice(captions)
 
 # %% ../nbs/02_data.ipynb #fa2241f6
-UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, TypeError, ArithmeticError, LookupError, struct.error,
-              RuntimeError, MemoryError, Image.DecompressionBombError)  # what Pillow raises for a bad file
+UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError, AssertionError,
+              RuntimeError, MemoryError, struct.error, zlib.error, Image.DecompressionBombError)  # what Pillow raises for a bad file
 
 class ImageItems:
     "Rows, a way to read one, and the item that a row becomes."
@@ -117,11 +128,17 @@ class ImageItems:
         "From now on choose this epoch's captions. Call it before a `DataLoader` starts its workers."
         self.epoch = epoch
 
-    def read_or_warn(self, index: int, row) -> tuple[Image.Image, list[str]] | None:
-        "The picture, upright and RGB, and all its captions; None, with a warning, where the row has none that can be read."
+    def read_or_warn(self, index: int, row=None) -> tuple[Image.Image, list[str]] | None:
+        """The picture, upright and RGB, and all its captions; None, with a warning, where the row has none that can be read.
+
+        A JPEG is decoded to no more pixels than needed: its short side has at least twice `image_size`, where the file's has.
+        `row`: None is the one at `index`.
+        """
         try:
-            image, captions = self.read_row(row)
-            return to_rgb(image), captions
+            image, captions = self.read_row(self.rows[index] if row is None else row)
+            with image:
+                image.draft(None, (2 * self.image_size,) * 2)           # of a large JPEG, half, a quarter or an eighth
+                return to_rgb(image), captions
         except UNREADABLE as e: warnings.warn(f"item {index} skipped: {e or type(e).__name__}")
 
     def item(self, index: int, image: Image.Image, captions: list[str]) -> dict:
@@ -132,9 +149,8 @@ class ImageItems:
 def read_file(row: tuple) -> tuple[Image.Image, list[str]]:
     "A path and its captions."
     path, captions = row
-    with Image.open(path) as image: image.load()
     if not captions: raise ValueError(f"no caption for {path}")
-    return image, captions
+    return Image.open(path), captions
 
 # %% ../nbs/02_data.ipynb #dfbd893a
 class CaptionedImages(ImageItems, Dataset):
@@ -153,7 +169,7 @@ class CaptionedImages(ImageItems, Dataset):
         "The picture, upright and RGB, and all its captions."
         if not 0 <= index < len(self): raise IndexError(f"index {index} is not in [0, {len(self)})")
         for i in (j % len(self) for j in range(index, index + len(self))):
-            if found := self.read_or_warn(i, self.rows[i]): return found
+            if found := self.read_or_warn(i): return found
             self.skipped[i] = True
         raise ValueError(f"none of the {len(self)} items has a readable image and a caption")
 
@@ -161,15 +177,16 @@ class CaptionedImages(ImageItems, Dataset):
         return self.item(index, *self.read(index))
 
 # %% ../nbs/02_data.ipynb #3b3d25b3
-def skipped_report(data: CaptionedImages, names: int = 5) -> str:
-    "How many rows were skipped so far, by all of a loader's processes, and why, for the first few; empty where none was."
+def skipped_report(data: CaptionedImages, names: int | None = 5) -> str:
+    "How many rows were skipped so far, by all of a loader's processes, and why, for the first few (None: for all); empty where none was."
     bad = data.skipped.nonzero().flatten().tolist()
     if not bad: return ""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        for i in bad[:names]: data.read_or_warn(i, data.rows[i])
-    lines = [f"{len(bad)} of {len(data):,} items skipped, the next readable one stood in:"]
-    return "\n".join(lines + [f"  {w.message}".replace(" skipped", "") for w in said] + ["  ..."] * (len(bad) > names))
+        for i in bad[:names]: data.read_or_warn(i)
+    reasons = [f"  {w.message}".replace(" skipped", "") for w in said if str(w.message).startswith("item ")]  # others are Pillow's
+    lines = [f"{len(bad)} of {len(data):,} items skipped, the next readable one stood in:", *reasons]
+    return "\n".join(lines + ["  ..."] * (names is not None and len(bad) > names))
 
 # %% ../nbs/02_data.ipynb #d07e58e2
 class Dealt:
@@ -218,7 +235,7 @@ class StreamedImages(ImageItems, IterableDataset):
             found = self.read_or_warn(index, row)
             read, skipped = read + 1, skipped + (not found)
             if found: yield self.item(index, *found)
-        if skipped: warnings.warn(f"{skipped} of the {read} items of this stream skipped")
+        if skipped: warnings.warn(f"{skipped} of the {read} items that this process read from the stream skipped")
 
 # %% ../nbs/02_data.ipynb #251e99aa
 def read_scene(row: dict) -> tuple[Image.Image, list[str]]:
@@ -318,13 +335,13 @@ def read_metadata(path: Path, image_column: str | None, caption_column: str | No
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 def read_sidecars(folder: Path) -> list[tuple[Path, list[str]]]:
-    "Picture files with a text file of the same name beside them, one caption a line."
+    "Picture files with a text file of the same name beside them, one caption a line. One without such a file has no caption; if all are, they are no data set."
     pictures = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
     texts = [(p, p.with_suffix(".txt")) for p in pictures]
     def lines(text: Path) -> list[str]:
         try: return text.read_text(encoding="utf-8-sig").splitlines()
         except UnicodeDecodeError as e: raise ValueError(f"{text} is not UTF-8: {e.reason}") from None
-    return [(p, flatten_captions(lines(t))) for p, t in texts if t.exists()]
+    return [(p, flatten_captions(lines(t)) if t.exists() else []) for p, t in texts] if any(t.exists() for _, t in texts) else []
 
 # %% ../nbs/02_data.ipynb #64cf2574
 FOLDER_SPLITS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation",
@@ -381,11 +398,13 @@ def open_repo(repo: str, split: str, cache_dir: str | None = None, streaming: bo
 
 # %% ../nbs/02_data.ipynb #a4c61276
 def read_hub_row(row: dict, image_column: str, caption_columns: list[str]) -> tuple[Image.Image, list[str]]:
-    "One row of a hub data set, its image still encoded."
-    from datasets import Image as EncodedImage
-    captions = flatten_captions([row[c] for c in caption_columns])
-    if row[image_column] is None or not captions: raise ValueError("no image" if captions else "no caption")
-    return EncodedImage().decode_example(row[image_column]), captions
+    "One row of a hub data set, its image still encoded: bytes, or an address that `datasets` can read."
+    encoded, captions = row[image_column], flatten_captions([row[c] for c in caption_columns])
+    if encoded is None or not captions: raise ValueError("no image" if captions else "no caption")
+    if encoded["bytes"]:
+        try: return Image.open(io.BytesIO(encoded["bytes"])), captions
+        except UnidentifiedImageError: raise ValueError(f"{encoded['path'] or 'its bytes'}: no picture that can be read") from None
+    return import_or_say("datasets", "datasets").Image().decode_example(encoded), captions
 
 # %% ../nbs/02_data.ipynb #a3557b22
 class Grouped:

@@ -163,7 +163,7 @@ def between(models: Models, config: SampleConfig, prompt: str, seed: int, pictur
 def picture_latents(pipe: TextToImage, image: Image.Image) -> Tensor:
     "A picture of any size as the model's scaled latents, (1, channels, height, width)."
     size = latent_shape(pipe.unet, pipe.vae)[1] * pipe.vae.config.downsample_factor
-    return pipe.vae.encode(image_to_tensor(image, size)[None].to(pipe.device, pipe.unet.conv_in.weight.dtype)).mean * pipe.vae.config.scaling_factor
+    return pipe.vae.encode(image_to_tensor(image, size)[None].to(pipe.device)).mean.to(pipe.dtype) * pipe.vae.config.scaling_factor
 
 
 def last_part(timesteps: Tensor, strength: float) -> Tensor:

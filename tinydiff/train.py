@@ -9,15 +9,15 @@ __all__ = ['RANGES', 'PRESETS', 'ARCHITECTURES', 'CHECKPOINT', 'PACKAGES', 'seed
            'check_values', 'TrainConfig', 'config_from_dict', 'Architecture', 'sized', 'sync', 'write_atomically',
            'write_text', 'optimizer_tensors', 'load_optimizer_tensors', 'checkpoints_in', 'checksums',
            'save_checkpoint', 'read_checkpoint', 'load_checkpoint', 'read_metrics', 'forget_after', 'smooth',
-           'plot_metrics', 'Run', 'Log', 'EveryCaption', 'collate', 'ignore_signals', 'PixelStage', 'VAEStage',
-           'scaling_factor', 'captions_of', 'CLIPStage', 'Parts', 'load_parts', 'make_unet', 'needed_items',
+           'plot_metrics', 'Run', 'Log', 'EveryCaption', 'collate', 'ignore_signals', 'reading_processes', 'PixelStage',
+           'VAEStage', 'scaling_factor', 'captions_of', 'CLIPStage', 'Parts', 'load_parts', 'make_unet', 'needed_items',
            'encode_dataset', 'data_fingerprint', 'parts_fingerprint', 'fingerprint', 'check_same_parts',
            'remember_parts', 'read_cache', 'write_cache', 'joined', 'cached_latents', 'EncodedData', 'draw_by_time',
-           'Denoiser', 'OneAhead', 'DiffusionStage', 'stop_signals', 'blame', 'Guard', 'backward', 'ToBFloat16',
-           'InBFloat16', 'recorded', 'parallel', 'Progress', 'leave', 'finish', 'fit', 'has_bf16', 'join_processes',
-           'keep_freed_memory', 'check_shares', 'check_image_size', 'check_out', 'processor_name', 'git_commit',
-           'describe_run', 'with_earlier', 'open_run', 'with_folder', 'with_own_parts', 'open_dataset', 'explained',
-           'train', 'stored_config', 'read_config', 'main']
+           'Denoiser', 'OneAhead', 'DiffusionStage', 'stop_signals', 'end', 'between_steps', 'blame', 'Guard',
+           'backward', 'ToBFloat16', 'InBFloat16', 'recorded', 'parallel', 'Progress', 'leave', 'finish', 'fit',
+           'has_bf16', 'join_processes', 'keep_freed_memory', 'check_shares', 'check_image_size', 'check_out',
+           'processor_name', 'git_commit', 'describe_run', 'with_earlier', 'open_run', 'with_folder', 'with_own_parts',
+           'open_dataset', 'explained', 'train', 'stored_config', 'read_config', 'main']
 
 # %% ../nbs/11_train.ipynb #b8522702
 import argparse
@@ -38,7 +38,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
@@ -59,7 +59,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 
-from .data import choose_caption, image_to_tensor, load_captioned_images, skipped_report, tensor_to_images
+from .data import bytes_to_tensor, choose_caption, image_to_bytes, load_captioned_images, skipped_report, tensor_to_images
 from .models.clip import CLIP, CLIPTextConfig, CLIPTextEncoder, CLIPTokenizer, CLIPVisionConfig, contrastive_loss
 from .models.unet import UNet, UNetConfig
 from .models.vae import AutoencoderKL, VAEConfig
@@ -155,7 +155,7 @@ class DataOptions:
     caption_column: str | None = None
     image_size: int = 64
     subset_size: int | None = 20_000  # the first so many pictures; 0: all
-    num_workers: int = 1  # processes that read pictures
+    num_workers: int | None = None  # processes that read pictures; None: what the cores allow
 
 # %% ../nbs/11_train.ipynb #4c257e4d
 @dataclass(frozen=True)
@@ -282,7 +282,7 @@ PRESETS = {
     "laptop": TrainConfig(),
     "gpu": TrainConfig(preset="gpu", stage="all", dataset="flickr30k", image_size=256, arch="base", train_text_encoder=False, subset_size=0, steps=100_000, vae_steps=30_000,
                        clip_steps=10_000, batch_size=64, vae_batch_size=32, clip_batch_size=512, lr=1e-4, vae_lr=1e-4, clip_lr=5e-4, optimizer="adamw", warmup=1000,
-                       ema_decay=0.9999, num_workers=8, flip=True, checkpoint_every=2000, sample_every=2000, log_every=50),
+                       ema_decay=0.9999, flip=True, checkpoint_every=2000, sample_every=2000, log_every=50),
 }
 
 # %% ../nbs/11_train.ipynb #9ce1adad
@@ -443,7 +443,7 @@ def read_metrics(folder: str | Path) -> list[dict]:
 def forget_after(folder: Path, stage: str, step: int):
     "Drop the records of steps that will be made again."
     records = read_metrics(folder)
-    if records:
+    if (folder / "metrics.jsonl").is_file():
         write_text(folder / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in records if r["stage"] != stage or r["step"] <= step))
 
 # %% ../nbs/11_train.ipynb #08501e92
@@ -537,10 +537,14 @@ class Log:
         for name, number in numbers.items() if self.board else ():
             self.board.add_scalar(f"{stage}/{name}", number, step)
 
+    def path(self, stage: str, step: int) -> Path:
+        return self.folder / "samples" / f"{stage}-{step:06}.png"
+
     def picture(self, stage: str, step: int, image: Image.Image):
-        path = self.folder / "samples" / f"{stage}-{step:06}.png"
+        path = self.path(stage, step)
         path.parent.mkdir(exist_ok=True)
-        image.save(path)
+        image.save(path.with_suffix(".partial"), "PNG")
+        path.with_suffix(".partial").replace(path)  # whole, or not at all
         if self.board:
             self.board.add_image(stage, np.asarray(image), step, dataformats="HWC")
 
@@ -555,12 +559,13 @@ class EveryCaption(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[Tensor, list[str]]:
+        "The picture (3, height, width) as bytes, which a GPU gets four times as fast as numbers."
         image, captions = self.dataset.read(index)
-        return image_to_tensor(image, self.dataset.image_size), captions
+        return image_to_bytes(image, self.dataset.image_size), captions
 
 # %% ../nbs/11_train.ipynb #a7351d38
 def collate(items: list[tuple[Tensor, list[str]]]) -> tuple[Tensor, list[list[str]]]:
-    "Pictures (batch, 3, height, width), and the captions as they are."
+    "Pictures (batch, 3, height, width), still bytes, and the captions as they are."
     images, captions = zip(*items)
     return torch.stack(images), list(captions)
 
@@ -569,6 +574,15 @@ def ignore_signals(worker: int):
     "A loader's worker leaves SIGTERM and Ctrl-C to the training process, which saves first."
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+
+# %% ../nbs/11_train.ipynb #0ecf8a49
+def reading_processes(config: TrainConfig, device: torch.device) -> int:
+    "As many as `num_workers` says; else one for each core that this process may use, at most 16; at most 2 where the CPU also computes."
+    if config.num_workers is not None:
+        return config.num_workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # set by torchrun
+    return max(1, min(cores, 2 if device.type == "cpu" else 16))
 
 # %% ../nbs/11_train.ipynb #5ec28a46
 class PixelStage:
@@ -581,7 +595,7 @@ class PixelStage:
         "Begin to read, in other processes, what the steps from here on will need."
         run, c = self.run, self.run.config
         sampler = StepSampler(len(self.dataset), self.batch_size, c.seed, step, self.steps, run.rank, run.world)
-        self.loaded = iter(DataLoader(EveryCaption(self.dataset), batch_sampler=sampler, num_workers=c.num_workers, collate_fn=collate,
+        self.loaded = iter(DataLoader(EveryCaption(self.dataset), batch_sampler=sampler, collate_fn=collate, num_workers=reading_processes(c, run.device),
                                       worker_init_fn=ignore_signals, pin_memory=run.device.type == "cuda"))
 
     def pictures(self, step: int) -> tuple[Tensor, list[str]]:
@@ -593,7 +607,7 @@ class PixelStage:
             coins = self.run.noise("flip", step, (self.batch_size, 1, 1, 1), torch.rand) < 0.5
             images = torch.where(coins, images.flip(-1), images)
         chosen = [choose_caption(several, c.seed, step, item) for several, item in zip(captions, items)]
-        return images.contiguous(memory_format=torch.channels_last), chosen
+        return bytes_to_tensor(images.contiguous(memory_format=torch.channels_last)), chosen
 
 # %% ../nbs/11_train.ipynb #45e47521
 class VAEStage(PixelStage):
@@ -732,9 +746,10 @@ def encode_dataset(run: Run, dataset: Dataset, parts: Parts, items: Tensor) -> d
     mirrors = [False, True] if run.config.flip else [False]
     moments, ids, counts = [[] for _ in mirrors], [], [0]
     at_once = min(64, max(1, 64 * 128**2 // run.config.image_size**2))  # fewer of large pictures
-    loader = DataLoader(Subset(EveryCaption(dataset), items.tolist()), batch_size=at_once, num_workers=run.config.num_workers, collate_fn=collate, worker_init_fn=ignore_signals)
+    loader = DataLoader(Subset(EveryCaption(dataset), items.tolist()), batch_size=at_once, collate_fn=collate,
+                        num_workers=reading_processes(run.config, run.device), worker_init_fn=ignore_signals, pin_memory=run.device.type == "cuda")
     for images, captions in tqdm(loader, desc="encoding", unit="batch", disable=run.rank > 0):
-        images = images.to(run.device).contiguous(memory_format=torch.channels_last)
+        images = bytes_to_tensor(images.to(run.device, non_blocking=True).contiguous(memory_format=torch.channels_last))
         with run.autocast():
             for mirror, encoded in zip(mirrors, moments):
                 posterior = parts.vae.encode(images.flip(-1) if mirror else images)
@@ -808,18 +823,24 @@ def joined(shares: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 def cached_latents(run: Run, dataset: Dataset, parts: Parts, items: Tensor) -> dict[str, Tensor]:
     "`encode_dataset`, from the run's folder if it is there. Of several processes each encodes a share, and all join them."
     path, key = run.folder / "latents.safetensors", fingerprint(run.config, dataset, parts, items)
-    shares = [path.with_name(f"latents-{rank}.safetensors") for rank in range(run.world)]
+    shares = [path.with_name(f"latents-{rank}.safetensors") for rank in range(min(run.world, len(items)))]
     cached = read_cache(path, key)
     if run.any_process(cached is None):
-        cached = encode_dataset(run, dataset, parts, items.tensor_split(run.world)[run.rank])
+        if run.rank < len(shares):
+            cached = encode_dataset(run, dataset, parts, items.tensor_split(len(shares))[run.rank])
         if run.world > 1:
-            write_cache(shares[run.rank], cached, key)
+            if run.rank < len(shares):
+                write_cache(shares[run.rank], cached, key)
             run.any_process(False)  # wait for the others
-            cached = joined([read_cache(share, key) for share in shares])
+            found = [read_cache(share, key) for share in shares]
+            if not all(found):
+                raise ValueError(f"process {run.rank} of {run.world} does not see in {run.folder} what the others wrote there: --out must be one folder for all")
+            cached = joined(found)
         if run.rank == 0:
             write_cache(path, cached, key)
         run.any_process(False)
-        shares[run.rank].unlink(missing_ok=True)
+        for share in run.folder.glob("latents-*.safetensors") if run.rank == 0 else []:
+            share.unlink()
     return cached
 
 # %% ../nbs/11_train.ipynb #795906cb
@@ -940,16 +961,38 @@ class DiffusionStage:
 
 # %% ../nbs/11_train.ipynb #a60db93f
 @contextmanager
-def stop_signals() -> Iterator[list]:
-    "SIGTERM and Ctrl-C only leave a note in this list, so that the loop can save and go. (Only a main thread can catch signals.)"
+def stop_signals(then: Callable[[int], None] = lambda number: None) -> Iterator[list]:
+    "SIGTERM and Ctrl-C only leave a note in this list, so that the loop can save and go; `then` may do more. (Only a main thread can catch signals.)"
     notes, before = [], {}
+
+    def note(number, frame):
+        notes.append(number)
+        then(number)
+
     if threading.current_thread() is threading.main_thread():
-        before = {s: signal.signal(s, lambda number, frame: notes.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
+        before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield notes
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def end(number: int):
+    "SIGTERM ends the program with status 0, Ctrl-C is KeyboardInterrupt."
+    raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(0)
+
+
+@contextmanager
+def between_steps(stage: str, run: Run) -> Iterator[None]:
+    "While a stage is prepared or finished there is nothing to save: a signal ends it at once, and a line says how to go on."
+    with stop_signals(end) as notes:
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit):
+            if notes and run.rank == 0:
+                print(f"stopped before or after the steps of stage {stage}; go on with: tinydiff-train --resume --out {run.folder}", file=sys.stderr)
+            raise
 
 # %% ../nbs/11_train.ipynb #462ed72e
 @torch.no_grad()
@@ -1062,19 +1105,29 @@ class Progress:
         self.stage, self.run, self.log, self.step, self.time = stage, run, Log(run, stage.name, first), first, time.perf_counter()
         self.bar = tqdm(total=stage.steps, initial=first, desc=stage.name, disable=run.rank > 0)
 
+    def restart_clock(self, done: int):
+        "Saving and drawing do not count."
+        self.step, self.time = done, time.perf_counter()
+
     def report(self, done: int, loss: Tensor, numbers: dict[str, Tensor], **others: float):
         "After `done` steps."
         now = time.perf_counter()
         pace = (done - self.step) * self.stage.batch_size / (now - self.time)
-        self.step, self.time = done, now
+        self.restart_clock(done)
         shown = {name: self.run.mean(value).item() for name, value in {"loss": loss, **numbers}.items()}
         self.log.record(self.stage.name, done, **shown, **others, images_per_s=round(pace, 1))
         self.bar.set_postfix(**{name: f"{value:.4g}" for name, value in shown.items()}, images_s=f"{pace:.0f}")
 
+    def catch_up(self, done: int, model: nn.Module):
+        "Draw what a run that was killed between saving and drawing owes."
+        due = done > 0 and (done % self.run.config.sample_every == 0 or done == self.stage.steps)
+        if due and self.run.rank == 0 and not self.log.path(self.stage.name, done).is_file():
+            self.look(done, model)
+
     def look(self, done: int, model: nn.Module):
         "Pictures after `done` steps: what the averaged model makes, and in stage diffusion its error at each timestep since the last look or resumption."
         self.log.picture(self.stage.name, done, self.stage.preview(model))
-        if self.stage.name == "diffusion":
+        if self.stage.name == "diffusion" and self.stage.by_time.any():
             total, count = self.stage.by_time.cpu().clone()
             self.stage.by_time.zero_()  # the next figure is of the steps since this one
             self.log.picture("timesteps", done, draw_by_time(total / count, self.stage.scheduler.num_train_timesteps))
@@ -1084,7 +1137,7 @@ def leave(run: Run, stage, done: int, notes: list):
     "After a signal, and after saving: say how to go on. SIGTERM ends the program with status 0, Ctrl-C is KeyboardInterrupt."
     if run.rank == 0:
         print(f"stopped and saved after step {done} of {stage.steps}, stage {stage.name}; go on with: tinydiff-train --resume --out {run.folder}", file=sys.stderr)
-    raise KeyboardInterrupt if signal.SIGINT in notes else SystemExit(0)
+    end(signal.SIGINT if signal.SIGINT in notes else signal.SIGTERM)
 
 
 def finish(stage, run: Run, ema: EMA, notes: list):
@@ -1096,6 +1149,7 @@ def finish(stage, run: Run, ema: EMA, notes: list):
         stage.finish(ema.model)
         if skipped := skipped_report(stage.dataset):
             print(skipped, file=sys.stderr)
+            write_text(run.folder / "skipped.txt", skipped_report(stage.dataset, names=None) + "\n")
     if run.any_process(bool(notes)) and run.config.stage == "all" and stage.name != "diffusion":
         leave(run, stage, stage.steps, notes)
 
@@ -1109,6 +1163,7 @@ def fit(stage, run: Run):
     if run.rank == 0:
         forget_after(run.folder, stage.name, first)
     forward, progress = parallel(stage, model, run), Progress(stage, run, first)
+    progress.catch_up(first, ema.model)
     if first < stage.steps:
         stage.start(first)
     guard = Guard(optimizer, run)
@@ -1136,6 +1191,8 @@ def fit(stage, run: Run):
                 save_checkpoint(checkpoints, done, model, ema, optimizer, c.keep)
             if run.rank == 0 and look:
                 progress.look(done, ema.model)
+            if look or save:
+                progress.restart_clock(done)
             if stopped and not last:
                 leave(run, stage, done, stop)
     finish(stage, run, ema, stop)
@@ -1244,7 +1301,7 @@ def describe_run(config: TrainConfig, dataset: Dataset | None = None) -> dict:
     cuda = torch.cuda.is_available()
     hardware = {"machine": platform.machine(), "processor": processor_name(), "cpus": os.cpu_count(), "cpu_threads": torch.get_num_threads(),
                 "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
-                "processes": int(os.environ.get("WORLD_SIZE", 1))}
+                "cuda": torch.version.cuda, "processes": int(os.environ.get("WORLD_SIZE", 1))}
     return {"config": asdict(config), "data": data_fingerprint(dataset) if dataset else None, "tinydiff": tinydiff.__version__, "commit": git_commit(), "python": platform.python_version(), "packages": packages,
             "hardware": hardware, "started": time.strftime("%Y-%m-%d %H:%M:%S")}
 
@@ -1259,14 +1316,14 @@ def with_earlier(about: dict, path: Path) -> dict:
 # %% ../nbs/11_train.ipynb #3112867b
 def open_run(config: TrainConfig, device: torch.device, rank: int = 0, world: int = 1, dataset: Dataset | None = None) -> Run:
     "Make the run's folder and describe the run there, after what was written of its earlier starts; ValueError where it cannot be written."
-    folder = Path(config.out)
+    folder, bf16 = Path(config.out), has_bf16(device) if config.precision == "auto" else config.precision == "bf16"
+    chosen = {"device": str(device), "precision": "bf16" if bf16 else "fp32", "num_workers": reading_processes(config, device)}
     try:
         if rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            write_text(folder / "run.json", json.dumps(with_earlier(describe_run(config, dataset), folder / "run.json"), indent=2))
+            write_text(folder / "run.json", json.dumps(with_earlier(describe_run(config, dataset) | {"chosen": chosen}, folder / "run.json"), indent=2))
     except OSError as error:
         raise ValueError(f"--out {folder} cannot be written: {error.strerror}") from None
-    bf16 = has_bf16(device) if config.precision == "auto" else config.precision == "bf16"
     return Run(config, folder, device, bf16, rank, world)
 
 # %% ../nbs/11_train.ipynb #1ed2f66c
@@ -1312,7 +1369,7 @@ def explained(stage: str, run: Run) -> Iterator[None]:
         if run.config.compile and type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
             raise ValueError(f"--compile failed ({text.splitlines()[0]}): leave it out with --resume --no_compile --out {run.folder}") from None
         if "DataLoader worker" in text:
-            raise ValueError(f"a process that reads pictures was killed, most likely for want of memory ({text.splitlines()[0]}): lower --num_workers ({run.config.num_workers}) "
+            raise ValueError(f"a process that reads pictures was killed, most likely for want of memory ({text.splitlines()[0]}): lower --num_workers ({reading_processes(run.config, run.device)}) "
                              f"or --{size}, or give a container more shared memory; then go on with --resume --out {run.folder}") from None
         if out_of_memory(error):
             raise ValueError(f"stage {stage} needs more memory than {run.device} has: lower --{size} ({getattr(run.config, size)}){parts}{again}, "
@@ -1347,7 +1404,7 @@ def train(config: TrainConfig) -> Path:
             "diffusion": lambda: DiffusionStage(run, dataset, arch, parts or load_parts(run.folder, run.folder))}
     for name in make if config.stage == "all" else [config.stage]:
         torch.manual_seed(seed_at(config.seed, name, "weights"))
-        with explained(name, run):
+        with explained(name, run), between_steps(name, run):
             stage = make[name]()
             try:
                 fit(stage, run)
