@@ -104,7 +104,7 @@ MUTATIONS = [
     bug("a tokenizer trained again under trained weights", "train.py", 'if checkpoints_in(run.folder / "checkpoints" / "clip") and', "if False and", T + "the_tokenizer_stays"),
     bug("latents of pictures that have changed", "train.py", "config.flip, data_fingerprint(dataset),", "config.flip, config.dataset,", T + "changed_captions_are_encoded_anew"),
     bug("a stage that forgets the stage before", "train.py", "named = with_own_parts(config)", "named = config", T + "stages_one_by_one"),
-    bug("a signal dropped between two stages", "train.py", "    if run.any_process(bool(notes)) and", "    if run.any_process(False) and", T + "signal_in_the_last_step_of_a_stage"),
+    bug("a signal dropped between two stages", "train.py", "    if run.any_process(bool(run.stop)) and", "    if run.any_process(False) and", T + "signal_in_the_last_step_of_a_stage"),
     bug("a run that begins anew by itself", "train.py", "    if checkpoints_in(folder):\n        raise", "    if False:\n        raise", T + "no_checkpoint_can_be_read"),
     bug("a picture drawn before the step is saved", "train.py", """            if run.rank == 0 and (save or stopped):
                 save_checkpoint(checkpoints, done, model, ema, optimizer, c.keep)
@@ -115,7 +115,7 @@ MUTATIONS = [
             if run.rank == 0 and (save or stopped):
                 save_checkpoint(checkpoints, done, model, ema, optimizer, c.keep)
 """, T + "a_step_is_saved_before_it_is_drawn"),
-    bug("processes that hear of a signal where they report", "train.py", "stopped = run.any_process(bool(stop))", "stopped = report and run.any_process(bool(stop))", T + "two_processes_stop_at_once"),
+    bug("processes that hear of a signal where they report", "train.py", "stopped = run.any_process(bool(run.stop))", "stopped = report and run.any_process(bool(run.stop))", T + "two_processes_stop_at_once"),
     bug("what one process alone skipped", "train.py", "stage.dataset.skipped |= skipped > 0", "pass", T + "what_either_process_skipped_is_named"),
     bug("processes that all encode everything", "train.py", "items.tensor_split(len(shares))[run.rank])", "items)", T + "two_processes_share_the_encoding"),
     bug("repainting at two noise levels", "playground.py", "torch.tensor(chain[state.step])", "torch.tensor(scheduler.previous_timestep(state.timestep))",

@@ -11,6 +11,8 @@ import resource
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import traceback
 
 import pytest
@@ -97,6 +99,30 @@ def test_resumed_equals_uninterrupted(base, tmp_path, monkeypatch, stage, option
     assert not multiprocessing.active_children(), "the loader's workers, who do not listen to signals, have ended"
     resumed = train(read_config(["--resume", "--out", str(tmp_path / "parts")]))
     assert_same_run(whole, resumed, stage, 20)
+
+
+@pytest.mark.parametrize("stage, what", [("vae", "error"), ("diffusion", "error"), ("diffusion", "signal")])
+def test_no_process_is_left_waiting_for_its_workers(base, tmp_path, stage, what):
+    "A program ends although its workers do not hear signals: while it encodes, a signal ends it with a line, and an error in a worker with its message."
+    parts = dict(vae=str(base), text_encoder=str(base)) if stage == "diffusion" else {}
+    code = f"""if True:
+        import contextlib, os, signal, sys, time, tinydiff.train as train
+        from small import QUICK, SMALL
+        from tinydiff.data import CaptionedImages
+        from torch.utils.data import get_worker_info
+        def read(data, index):
+            if not get_worker_info(): return whole(data, index)
+            if {what!r} == 'error': raise KeyError("odd")
+            with contextlib.suppress(FileExistsError):
+                os.mkdir({str(tmp_path / "sent")!r})
+                os.kill(os.getppid(), signal.SIGTERM)
+            time.sleep(0.2)
+            return whole(data, index)
+        whole, CaptionedImages.read, train.ARCHITECTURES["tiny"] = CaptionedImages.read, read, SMALL
+        train.read_config = lambda args: train.TrainConfig(**QUICK | {dict(stage=stage, num_workers=2, out=str(tmp_path / "run")) | parts!r})
+        train.main()"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=os.environ | {"PYTHONPATH": "tests"})
+    assert done.returncode == (1 if what == "error" else 0) and ("odd" if what == "error" else "stopped while encoding, which begins anew; go on with: tinydiff-train --resume") in done.stderr
 
 
 def test_all_stages_resume(base, tmp_path, monkeypatch):

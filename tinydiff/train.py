@@ -9,15 +9,15 @@ __all__ = ['RANGES', 'PRESETS', 'ARCHITECTURES', 'CHECKPOINT', 'PACKAGES', 'seed
            'check_values', 'TrainConfig', 'config_from_dict', 'Architecture', 'sized', 'sync', 'write_atomically',
            'write_text', 'optimizer_tensors', 'load_optimizer_tensors', 'checkpoints_in', 'checksums',
            'save_checkpoint', 'read_checkpoint', 'load_checkpoint', 'read_metrics', 'forget_after', 'smooth',
-           'plot_metrics', 'Run', 'Log', 'EveryCaption', 'collate', 'ignore_signals', 'reading_processes', 'PixelStage',
-           'VAEStage', 'scaling_factor', 'captions_of', 'CLIPStage', 'Parts', 'load_parts', 'make_unet', 'needed_items',
-           'encode_dataset', 'data_fingerprint', 'parts_fingerprint', 'fingerprint', 'check_same_parts',
-           'remember_parts', 'read_cache', 'write_cache', 'joined', 'cached_latents', 'EncodedData', 'draw_by_time',
-           'Denoiser', 'OneAhead', 'DiffusionStage', 'stop_signals', 'end', 'between_steps', 'blame', 'Guard',
-           'backward', 'ToBFloat16', 'InBFloat16', 'recorded', 'parallel', 'Progress', 'leave', 'finish', 'fit',
-           'has_bf16', 'join_processes', 'keep_freed_memory', 'check_shares', 'check_image_size', 'check_out',
-           'processor_name', 'git_commit', 'describe_run', 'with_earlier', 'open_run', 'with_folder', 'with_own_parts',
-           'open_dataset', 'explained', 'train', 'stored_config', 'read_config', 'main']
+           'plot_metrics', 'Run', 'leave', 'Log', 'EveryCaption', 'collate', 'ignore_signals', 'no_worker_left',
+           'reading_processes', 'PixelStage', 'VAEStage', 'scaling_factor', 'captions_of', 'CLIPStage', 'Parts',
+           'load_parts', 'make_unet', 'needed_items', 'encode_dataset', 'data_fingerprint', 'parts_fingerprint',
+           'fingerprint', 'check_same_parts', 'remember_parts', 'read_cache', 'write_cache', 'joined', 'cached_latents',
+           'EncodedData', 'draw_by_time', 'Denoiser', 'OneAhead', 'DiffusionStage', 'stop_signals', 'blame', 'Guard',
+           'backward', 'ToBFloat16', 'InBFloat16', 'recorded', 'parallel', 'Progress', 'finish', 'fit', 'has_bf16',
+           'join_processes', 'keep_freed_memory', 'check_shares', 'check_image_size', 'check_out', 'processor_name',
+           'git_commit', 'describe_run', 'with_earlier', 'open_run', 'with_folder', 'with_own_parts', 'open_dataset',
+           'explained', 'train', 'stored_config', 'read_config', 'main']
 
 # %% ../nbs/11_train.ipynb #b8522702
 import argparse
@@ -38,6 +38,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
@@ -485,6 +486,7 @@ class Run:
     bf16: bool
     rank: int = 0
     world: int = 1
+    stop: list = dataclasses.field(default_factory=list)  # signals that have come
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
@@ -516,6 +518,13 @@ class Run:
         if self.world > 1:
             torch.distributed.all_reduce(said := torch.tensor(int(yes)))
         return yes if self.world == 1 else said.item() > 0
+
+# %% ../nbs/11_train.ipynb #1eb422ca
+def leave(run: Run, where: str):
+    "After a signal: say how to go on. SIGTERM ends the program with status 0, Ctrl-C is KeyboardInterrupt."
+    if run.rank == 0:
+        print(f"stopped {where}; go on with: tinydiff-train --resume --out {run.folder}", file=sys.stderr)
+    raise KeyboardInterrupt if signal.SIGINT in run.stop else SystemExit(0)
 
 # %% ../nbs/11_train.ipynb #8ead0d15
 class Log:
@@ -574,6 +583,18 @@ def ignore_signals(worker: int):
     "A loader's worker leaves SIGTERM and Ctrl-C to the training process, which saves first."
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def no_worker_left() -> Iterator[None]:
+    "Workers end with their loader. An error would keep it: so its traceback lets go of what the functions of loader and bar hold."
+    try:
+        yield
+    except BaseException as error:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            if frame.f_globals["__name__"].startswith(("torch.utils.data", "tqdm")):
+                frame.clear()
+        raise
 
 # %% ../nbs/11_train.ipynb #0ecf8a49
 def reading_processes(config: TrainConfig, device: torch.device) -> int:
@@ -756,6 +777,8 @@ def encode_dataset(run: Run, dataset: Dataset, parts: Parts, items: Tensor) -> d
                 encoded.append(torch.cat([posterior.mean, posterior.logvar], dim=1).half().cpu())
         ids.append(parts.tokenizer([caption for several in captions for caption in several]))
         counts += map(len, captions)
+        if run.stop:
+            leave(run, "while encoding, which begins anew")
     return {"moments": torch.stack([torch.cat(encoded) for encoded in moments], dim=1).contiguous(),
             "ids": torch.cat(ids), "first": torch.tensor(counts).cumsum(0)}
 
@@ -961,38 +984,16 @@ class DiffusionStage:
 
 # %% ../nbs/11_train.ipynb #a60db93f
 @contextmanager
-def stop_signals(then: Callable[[int], None] = lambda number: None) -> Iterator[list]:
-    "SIGTERM and Ctrl-C only leave a note in this list, so that the loop can save and go; `then` may do more. (Only a main thread can catch signals.)"
+def stop_signals() -> Iterator[list]:
+    "SIGTERM and Ctrl-C only leave a note in this list, so that the loop can save and go. (Only a main thread can catch signals.)"
     notes, before = [], {}
-
-    def note(number, frame):
-        notes.append(number)
-        then(number)
-
     if threading.current_thread() is threading.main_thread():
-        before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
+        before = {s: signal.signal(s, lambda number, frame: notes.append(number)) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield notes
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def end(number: int):
-    "SIGTERM ends the program with status 0, Ctrl-C is KeyboardInterrupt."
-    raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(0)
-
-
-@contextmanager
-def between_steps(stage: str, run: Run) -> Iterator[None]:
-    "While a stage is prepared or finished there is nothing to save: a signal ends it at once, and a line says how to go on."
-    with stop_signals(end) as notes:
-        try:
-            yield
-        except (KeyboardInterrupt, SystemExit):
-            if notes and run.rank == 0:
-                print(f"stopped before or after the steps of stage {stage}; go on with: tinydiff-train --resume --out {run.folder}", file=sys.stderr)
-            raise
 
 # %% ../nbs/11_train.ipynb #462ed72e
 @torch.no_grad()
@@ -1105,15 +1106,11 @@ class Progress:
         self.stage, self.run, self.log, self.step, self.time = stage, run, Log(run, stage.name, first), first, time.perf_counter()
         self.bar = tqdm(total=stage.steps, initial=first, desc=stage.name, disable=run.rank > 0)
 
-    def restart_clock(self, done: int):
-        "Saving and drawing do not count."
-        self.step, self.time = done, time.perf_counter()
-
     def report(self, done: int, loss: Tensor, numbers: dict[str, Tensor], **others: float):
         "After `done` steps."
         now = time.perf_counter()
         pace = (done - self.step) * self.stage.batch_size / (now - self.time)
-        self.restart_clock(done)
+        self.step, self.time = done, now
         shown = {name: self.run.mean(value).item() for name, value in {"loss": loss, **numbers}.items()}
         self.log.record(self.stage.name, done, **shown, **others, images_per_s=round(pace, 1))
         self.bar.set_postfix(**{name: f"{value:.4g}" for name, value in shown.items()}, images_s=f"{pace:.0f}")
@@ -1126,21 +1123,16 @@ class Progress:
 
     def look(self, done: int, model: nn.Module):
         "Pictures after `done` steps: what the averaged model makes, and in stage diffusion its error at each timestep since the last look or resumption."
+        begun = time.perf_counter()
         self.log.picture(self.stage.name, done, self.stage.preview(model))
         if self.stage.name == "diffusion" and self.stage.by_time.any():
             total, count = self.stage.by_time.cpu().clone()
             self.stage.by_time.zero_()  # the next figure is of the steps since this one
             self.log.picture("timesteps", done, draw_by_time(total / count, self.stage.scheduler.num_train_timesteps))
+        self.time += time.perf_counter() - begun  # drawing does not count
 
 # %% ../nbs/11_train.ipynb #8125fb2c
-def leave(run: Run, stage, done: int, notes: list):
-    "After a signal, and after saving: say how to go on. SIGTERM ends the program with status 0, Ctrl-C is KeyboardInterrupt."
-    if run.rank == 0:
-        print(f"stopped and saved after step {done} of {stage.steps}, stage {stage.name}; go on with: tinydiff-train --resume --out {run.folder}", file=sys.stderr)
-    end(signal.SIGINT if signal.SIGINT in notes else signal.SIGTERM)
-
-
-def finish(stage, run: Run, ema: EMA, notes: list):
+def finish(stage, run: Run, ema: EMA):
     "Write what the stage made; the other processes wait. A signal in its last step ends the run before the next stage."
     if run.world > 1:  # each has met other pictures
         torch.distributed.all_reduce(skipped := stage.dataset.skipped.int())
@@ -1150,8 +1142,8 @@ def finish(stage, run: Run, ema: EMA, notes: list):
         if skipped := skipped_report(stage.dataset):
             print(skipped, file=sys.stderr)
             write_text(run.folder / "skipped.txt", skipped_report(stage.dataset, names=None) + "\n")
-    if run.any_process(bool(notes)) and run.config.stage == "all" and stage.name != "diffusion":
-        leave(run, stage, stage.steps, notes)
+    if run.any_process(bool(run.stop)) and run.config.stage == "all" and stage.name != "diffusion":
+        leave(run, f"and saved after step {stage.steps} of {stage.steps}, stage {stage.name}")
 
 # %% ../nbs/11_train.ipynb #16ccd5a0
 def fit(stage, run: Run):
@@ -1167,7 +1159,7 @@ def fit(stage, run: Run):
     if first < stage.steps:
         stage.start(first)
     guard = Guard(optimizer, run)
-    with stop_signals() as stop, progress.bar:
+    with progress.bar:
         for step in range(first, stage.steps):
             torch.manual_seed(seed_at(c.seed, stage.name, step, run.rank))
             rate = learning_rate(step, stage.steps, stage.lr, c.warmup)
@@ -1182,7 +1174,7 @@ def fit(stage, run: Run):
             progress.bar.update()
             done, last = step + 1, step + 1 == stage.steps
             report, look, save = (done % every == 0 or last for every in (c.log_every, c.sample_every, c.checkpoint_every))
-            stopped = run.any_process(bool(stop))
+            stopped = run.any_process(bool(run.stop))
             if report or look or save or stopped:
                 guard.check(stage, model)
             if report:
@@ -1191,11 +1183,9 @@ def fit(stage, run: Run):
                 save_checkpoint(checkpoints, done, model, ema, optimizer, c.keep)
             if run.rank == 0 and look:
                 progress.look(done, ema.model)
-            if look or save:
-                progress.restart_clock(done)
             if stopped and not last:
-                leave(run, stage, done, stop)
-    finish(stage, run, ema, stop)
+                leave(run, f"and saved after step {done} of {stage.steps}, stage {stage.name}")
+    finish(stage, run, ema)
 
 # %% ../nbs/11_train.ipynb #bd808623
 def has_bf16(device: torch.device) -> bool:
@@ -1404,12 +1394,12 @@ def train(config: TrainConfig) -> Path:
             "diffusion": lambda: DiffusionStage(run, dataset, arch, parts or load_parts(run.folder, run.folder))}
     for name in make if config.stage == "all" else [config.stage]:
         torch.manual_seed(seed_at(config.seed, name, "weights"))
-        with explained(name, run), between_steps(name, run):
+        with explained(name, run), stop_signals() as run.stop, no_worker_left():
             stage = make[name]()
             try:
                 fit(stage, run)
             finally:
-                stage.loaded = None  # ends the loader's workers, who do not listen to signals
+                stage.loaded = None  # its workers do not listen to signals
     if world > 1:
         torch.distributed.destroy_process_group()
     return run.folder
