@@ -6,7 +6,7 @@
 __all__ = ['PEAKS', 'Task', 'CLIP_KEYS', 'ADD_COMPILE', 'RUNGS', 'TASKS', 'COLUMNS', 'seconds', 'in_turns', 'matmul_ceiling',
            'flops', 'peak_flops', 'peak_memory', 'BenchmarkConfig', 'diffusers_twin', 'transformers_twin', 'twins',
            'answer', 'unet_inputs', 'as_trained', 'training', 'Case', 'cases', 'unet_loss', 'unet_cases', 'posterior',
-           'pictures', 'vae_loss', 'vae_cases', 'clip_loss', 'clip_cases', 'compiled_cases', 'precision',
+           'pictures', 'vae_loss', 'vae_cases', 'clip_loss', 'clip_cases', 'compiled_cases', 'rounded',
            'prediction_cases', 'draw', 'flow_scheduler', 'sampling_cases', 'read_photo', 'photo', 'loading_cases',
            'caching_cases', 'why_not', 'climbed', 'ladder_cases', 'card', 'add_gains', 'measure', 'benchmark', 'table',
            'main']
@@ -284,28 +284,29 @@ def compiled_cases(c: BenchmarkConfig, run: Run) -> dict[str, Case | str]:
             for name, unet in twins(UNet(c.networks.unet), run.device).items()}
 
 # %% ../nbs/16_benchmark.ipynb #c59748be
-def precision(run: Run) -> torch.dtype:
-    "Of the weights that sample."
-    return torch.bfloat16 if run.bf16 else torch.float32
+def rounded(model: nn.Module, run: Run) -> nn.Module:
+    "A model with the weights that sample: in the run's precision. (diffusers' own `to` warns that some weights might want to stay; there are none.)"
+    return nn.Module.to(model, torch.bfloat16 if run.bf16 else torch.float32)
 
 
 def prediction_cases(c: BenchmarkConfig, run: Run) -> dict[str, Case]:
     "A prediction of the UNet."
-    (latents, timesteps, context), dtype = unet_inputs(c, run.device), precision(run)
-    x = latents.to(dtype), timesteps, context.to(dtype)
+    latents, timesteps, context = unet_inputs(c, run.device)
     def asking(unet):
-        unet.to(dtype)
+        dtype = next(rounded(unet, run).parameters()).dtype
+        x = latents.to(dtype), timesteps, context.to(dtype)
         return torch.no_grad()(lambda: answer(unet(*x)))
     return cases(UNet(c.networks.unet), asking, c.batch_size, run)
 
 
 def draw(unet: nn.Module, vae: nn.Module, scheduler, latents: Tensor, context: Tensor, guidance_scale: float = 4.0) -> Tensor:
-    "Pictures from noise, in the context's precision; the latents keep theirs. `context`: first that of no text, then that of the prompts."
+    "Pictures from noise; the networks compute in the precision of their weights. `context`: first that of no text, then that of the prompts."
+    context = context.to(dtype := next(unet.parameters()).dtype)
     for t in scheduler.timesteps:
-        both = torch.cat([latents, latents]).to(context.dtype)
+        both = torch.cat([latents, latents]).to(dtype)
         no_text, text = answer(unet(both, t.to(latents.device), context)).to(latents.dtype).chunk(2)
         latents = scheduler.step(no_text + guidance_scale * (text - no_text), t, latents).prev_sample
-    return answer(vae.decode((latents / vae.config.scaling_factor).to(context.dtype)))
+    return answer(vae.decode((latents / vae.config.scaling_factor).to(dtype)))
 
 
 def flow_scheduler(library: str, steps: int):
@@ -322,9 +323,8 @@ def flow_scheduler(library: str, steps: int):
 def sampling_cases(c: BenchmarkConfig, run: Run) -> dict[str, Case]:
     "Pictures from noise, with guidance."
     latents, _, text = unet_inputs(dataclasses.replace(c, batch_size=c.num_images), run.device)
-    context = torch.cat([text[:1].expand_as(text), text]).to(precision(run))  # no text is the same for all
-    unets, vaes = ({name: model.to(precision(run)) for name, model in twins(network, run.device).items()}
-                   for network in (UNet(c.networks.unet), AutoencoderKL(c.networks.vae)))
+    context = torch.cat([text[:1].expand_as(text), text])  # no text is the same for all
+    unets, vaes = ({name: rounded(model, run) for name, model in twins(network, run.device).items()} for network in (UNet(c.networks.unet), AutoencoderKL(c.networks.vae)))
     call = lambda name: torch.no_grad()(lambda: draw(unets[name], vaes[name], flow_scheduler(name, c.steps), latents, context))
     return {name: Case(call(name), c.num_images, run.bf16) for name in unets}
 
