@@ -30,7 +30,7 @@ def bug(pitfall, file, old, new, *tests):
 
 
 BASE, DDPM, FLOW = "schedulers/base.py", "schedulers/ddpm.py", "schedulers/flow_matching.py"
-S, M, F, T, P, X = (f"test_{name}.py::test_" for name in ("schedulers", "models", "folders", "train", "sample", "pitfalls"))
+S, M, F, T, P, X, D = (f"test_{name}.py::test_" for name in ("schedulers", "models", "folders", "train", "sample", "pitfalls", "data"))
 RESUME = T + "resumed_equals_uninterrupted[vae-flip-grad_accum-vae_batch_size-batch_size]"
 NAIVE_NORM = """type("Naive", (nn.GroupNorm,), {"forward": lambda self, x: (
             (g := x.unflatten(1, (self.num_groups, -1)).flatten(2)), (m := g.mean(2, keepdim=True)),
@@ -115,6 +115,11 @@ MUTATIONS = [
             if run.rank == 0 and (save or stopped):
                 save_checkpoint(checkpoints, done, model, ema, optimizer, c.keep)
 """, T + "a_step_is_saved_before_it_is_drawn"),
+    bug("a picture that a killed run owes", "train.py", "    progress.catch_up(first, ema.model)\n", "", T + "a_step_is_saved_before_it_is_drawn"),
+    bug("a large JPEG decoded whole", "data.py", "                image.draft(", "                0 and image.draft(", D + "a_large_jpeg_is_decoded_to_what_is_needed"),
+    bug("a large JPEG decoded to too little", "data.py", "(2 * self.image_size,) * 2", "(self.image_size // 2,) * 2", D + "a_large_jpeg_is_decoded_to_what_is_needed"),
+    bug("pictures without a caption file that nobody counts", "data.py", "if t.exists() else []) for p, t in texts] if", ") for p, t in texts if t.exists()] if", D + "a_picture_without_its_text_file_is_counted"),
+    bug("latents in bfloat16", "sample.py", "torch.promote_types(self.unet.conv_in.weight.dtype, torch.float32)", "self.unet.conv_in.weight.dtype", P + "half_precision"),
     bug("processes that hear of a signal where they report", "train.py", "stopped = run.any_process(bool(run.stop))", "stopped = report and run.any_process(bool(run.stop))", T + "two_processes_stop_at_once"),
     bug("what one process alone skipped", "train.py", "stage.dataset.skipped |= skipped > 0", "pass", T + "what_either_process_skipped_is_named"),
     bug("processes that all encode everything", "train.py", "items.tensor_split(len(shares))[run.rank])", "items)", T + "two_processes_share_the_encoding"),

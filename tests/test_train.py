@@ -270,14 +270,20 @@ def test_kill_in_the_middle_of_a_checkpoint(base, tmp_path, monkeypatch):
     assert_same_run(whole, resumed, "diffusion", 12)
 
 
-@pytest.mark.parametrize("damage", ["cut", "flip", "missing", "empty"])
-def test_damaged_checkpoint(base, tmp_path, capsys, damage):
+def test_the_kill_report_runs():
+    done = subprocess.run([sys.executable, "tests/kill_report.py", "--kills", "1", "--only", "ddpm, 2"], capture_output=True, text=True)
+    assert done.returncode == 0 and "1 of 1 resumed runs equal the undisturbed one, bit for bit" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("name, damage", [*(("model.safetensors", how) for how in ("cut", "flip", "missing", "empty")), ("ema.safetensors", "flip"),
+                                          ("optimizer.safetensors", "flip"), ("checksums.json", "cut"), ("checksums.json", "missing")])
+def test_damaged_checkpoint(base, tmp_path, capsys, name, damage):
     "The newest checkpoint cannot be used: the one before is."
     config = on(base, steps=6, checkpoint_every=2, keep=3)
     whole = train(dataclasses.replace(config, out=str(tmp_path / "whole")))
     run = tmp_path / "damaged"
     shutil.copytree(whole, run)
-    file = run / "checkpoints/diffusion/0000006/model.safetensors"
+    file = run / "checkpoints/diffusion/0000006" / name
     content = bytearray(file.read_bytes())
     content[-7] ^= 1
     {"cut": lambda: file.write_bytes(content[: len(content) // 2]), "flip": lambda: file.write_bytes(content), "missing": file.unlink,

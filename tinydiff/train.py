@@ -405,7 +405,7 @@ def save_checkpoint(folder: Path, step: int, model: nn.Module, ema: EMA, optimiz
 # %% ../nbs/11_train.ipynb #e2738ba0
 def read_checkpoint(path: Path) -> dict[str, dict[str, Tensor]]:
     "The tensors of one checkpoint; an exception where a file is missing or damaged."
-    if (path / "checksums.json").is_file() and read_json(path / "checksums.json") != checksums(path):
+    if read_json(path / "checksums.json") != checksums(path):
         raise ValueError("a checksum is wrong")
     return {name: load_file(path / f"{name}.safetensors") for name in CHECKPOINT}
 
@@ -1122,7 +1122,7 @@ class Progress:
             self.look(done, model)
 
     def look(self, done: int, model: nn.Module):
-        "Pictures after `done` steps: what the averaged model makes, and in stage diffusion its error at each timestep since the last look or resumption."
+        "Pictures after `done` steps: what the averaged model makes, and in stage diffusion the first process's error at each timestep since the last look or resumption."
         begun = time.perf_counter()
         self.log.picture(self.stage.name, done, self.stage.preview(model))
         if self.stage.name == "diffusion" and self.stage.by_time.any():
