@@ -399,7 +399,7 @@ def test_a_large_jpeg_is_decoded_to_what_is_needed(tmp_path, rng, how, size):
     whole = image_to_tensor(Image.open(io.BytesIO(content)), 32)
     for items in CaptionedImages([(tmp_path / "large", ["a"])], read_file, 32), load_captioned_images(repo, image_size=32, cache_dir=str(tmp_path / "cache")):
         assert items.read(0)[0].size == size
-        assert (items[0]["pixel_values"] - whole).square().mean().sqrt() < 0.04 < whole.std() / 2
+        assert (items[0]["pixel_values"] - whole).square().mean().sqrt() < 0.3 * whole.std()
     needs_all = CaptionedImages([(tmp_path / "large", ["a"])], read_file, 305)
     assert sorted(needs_all.read(0)[0].size) == [609, 813] and torch.equal(needs_all[0]["pixel_values"], image_to_tensor(Image.open(io.BytesIO(content)), 305))
     (tmp_path / "cut").write_bytes(content[: len(content) // 2])

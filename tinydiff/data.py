@@ -33,7 +33,7 @@ def to_rgb(
     "Turn a picture the way its EXIF tag says and make it RGB; what is transparent becomes white."
     image = ImageOps.exif_transpose(image)
     if image.mode == "F" or image.mode.startswith("I"):             # floats in [0, 1] or bytes as floats; 16-bit gray, in [0, 65535]
-        gray = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        gray = np.nan_to_num(np.asarray(image, dtype=np.float32))
         gray = gray / 257 if image.mode != "F" else gray * 255 if gray.max() <= 1 else gray
         image = Image.fromarray(gray.clip(0, 255).round().astype(np.uint8))
     if image.has_transparency_data:

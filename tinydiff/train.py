@@ -353,6 +353,7 @@ def write_text(path: Path, text: str):
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+    sync(path.parent)
 
 # %% ../nbs/11_train.ipynb #df394e2f
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -835,6 +836,7 @@ def write_cache(path: Path, tensors: dict[str, Tensor], key: str):
     save_file(tensors, path.with_suffix(".tmp"), metadata={"key": key})
     sync(path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)
+    sync(path.parent)
 
 
 def joined(shares: list[dict[str, Tensor]]) -> dict[str, Tensor]:
