@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import os
+import pathlib
 import re
 import resource
 import shutil
@@ -317,10 +318,10 @@ def test_a_step_is_saved_before_it_is_drawn(base, tmp_path, monkeypatch):
 
 def test_pictures_are_written_whole(base, tmp_path, monkeypatch):
     "A picture that fails halfway leaves no half of it behind under its name."
-    def half(image, path, *args):
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr(Image.Image, "save", half)
+    def half(path, content):
+        with open(path, "wb") as file: file.write(content[: len(content) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(pathlib.Path, "write_bytes", half)
     with pytest.raises(OSError, match="make room"):
         train(on(base, steps=2, sample_every=1, out=str(tmp_path / "run")))
     assert not list((tmp_path / "run/samples").glob("*.png"))

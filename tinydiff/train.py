@@ -65,7 +65,7 @@ from .models.clip import CLIP, CLIPTextConfig, CLIPTextEncoder, CLIPTokenizer, C
 from .models.unet import UNet, UNetConfig
 from .models.vae import AutoencoderKL, VAEConfig
 from .muon import Muon
-from .sample import PARTS, TextToImage, choose_device, contact_sheet, model_index, one_line_errors, out_of_memory, part_folder, read_flags
+from .sample import PARTS, TextToImage, choose_device, contact_sheet, model_index, one_line_errors, out_of_memory, part_folder, read_flags, write_image
 from .schedulers.flow_matching import make_scheduler
 from tinydiff.stable_diffusion import (
     check_parts, load_text_encoder, load_tokenizer, load_unet, load_vae, read_json, save_component, write_json,
@@ -553,8 +553,7 @@ class Log:
     def picture(self, stage: str, step: int, image: Image.Image):
         path = self.path(stage, step)
         path.parent.mkdir(exist_ok=True)
-        image.save(path.with_suffix(".partial"), "PNG")
-        path.with_suffix(".partial").replace(path)  # whole, or not at all
+        write_image(image, {"stage": stage, "step": step}, path)
         if self.board:
             self.board.add_image(stage, np.asarray(image), step, dataformats="HWC")
 
