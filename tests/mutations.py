@@ -68,7 +68,7 @@ MUTATIONS = [
     bug("t in [0, 1] into the sinusoid", FLOW, "times = (sigma * self.num_train_timesteps).float()", "times = sigma.float()", S + "shift_is_applied_once"),
     bug("t in [0, 1] into the sinusoid", "models/time_embed.py", "angles = timesteps.float()[:, None] *", "angles = timesteps.float()[:, None] / 1000 *", M + "time_embedding_sees_ten_steps"),
     bug("bf16 timesteps", "models/time_embed.py", "angles = timesteps.float()[:, None] *", "angles = timesteps.bfloat16().float()[:, None] *", M + "timesteps_stay_apart_under_autocast"),
-    bug("bf16 timesteps", "models/unet.py", "self.time_embedding(timesteps.expand(len(sample)))", "self.time_embedding(timesteps.to(sample.dtype).expand(len(sample)))",
+    bug("bf16 timesteps", "models/unet.py", "self.time_embedding(timesteps.reshape(-1))", "self.time_embedding(timesteps.to(sample.dtype).reshape(-1))",
         M + "a_unet_of_bf16_weights_hears_one_step"),
     # --- latents
     bug("scaling factor missing", "sample.py", "self.vae.decode(latents / self.vae.config.scaling_factor)", "self.vae.decode(latents)", P + "decode_undoes_what_encoding_does"),
@@ -145,10 +145,12 @@ MUTATIONS = [
     bug("a key silently ignored", "train.py", "    for key in values:\n", "    values = {k: v for k, v in values.items() if k in known}\n    for key in values:\n", T + "stored_configuration_is_checked"),
     bug("a key silently ignored", "stable_diffusion.py", "key not in NO_EFFECT and (value or None)", "key in ours and (value or None)", F + "bad_folders_are_refused_in_one_line"),
     # --- precision and details of Stable Diffusion
-    bug("GroupNorm in bf16", "models/vae.py", "self.norm1 = nn.GroupNorm(norm_num_groups, in_channels, eps=eps)", "self.norm1 = " + NAIVE_NORM, M + "group_norm_in_bf16_with_a_large_mean"),
+    bug("GroupNorm in bf16", "models/vae.py", "self.norm1 = GroupNorm(norm_num_groups, in_channels, eps=eps)", "self.norm1 = " + NAIVE_NORM, M + "group_norm_in_bf16_with_a_large_mean"),
+    bug("GroupNorm in bf16", "models/attention.py", "self.weight.float(), self.bias.float(), self.eps", "None, None, self.eps", M + "group_norm_in_bf16_learns_as_in_float64"),
+    bug("a text that reads another picture", "models/attention.py", "torch.cat([x] * (len(other) // len(x)))", "x.repeat_interleave(len(other) // len(x), dim=0)", M + "one_sample_several_texts"),
     bug("attention written out without its root", "models/attention.py", "q / q.shape[-1] ** 0.5 @ k", "q @ k", M + "attention_in_bfloat16_where_it_learns"),
     bug("attention that sees the next word", "models/attention.py", "dtype=scores.dtype).triu(1)", "dtype=scores.dtype).triu(2)", M + "attention_in_bfloat16_where_it_learns"),
-    bug("a detail of Stable Diffusion", "models/attention.py", "self.norm = nn.GroupNorm(norm_num_groups, channels, eps=1e-6)", "self.norm = nn.GroupNorm(norm_num_groups, channels, eps=1e-5)", M + "unet_equals_diffusers"),
+    bug("a detail of Stable Diffusion", "models/attention.py", "self.norm = GroupNorm(norm_num_groups, channels, eps=1e-6)", "self.norm = GroupNorm(norm_num_groups, channels, eps=1e-5)", M + "unet_equals_diffusers"),
     bug("a detail of Stable Diffusion", "models/attention.py", "return value * F.gelu(gate)", 'return value * F.gelu(gate, approximate="tanh")', M + "unet_equals_diffusers"),
     bug("a detail of Stable Diffusion", "models/attention.py", "value, gate = self.proj(x).chunk(2, dim=-1)", "gate, value = self.proj(x).chunk(2, dim=-1)", M + "unet_equals_diffusers"),
     bug("a detail of Stable Diffusion", "models/time_embed.py", "torch.cat([angles.cos(), angles.sin()], dim=-1)", "torch.cat([angles.sin(), angles.cos()], dim=-1)", M + "unet_equals_diffusers"),

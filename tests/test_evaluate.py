@@ -255,7 +255,7 @@ def test_one_step_of_a_run(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     step = tmp_path / "checkpoints" / "diffusion" / "0000500"
     step.mkdir(parents=True)
-    weights = {f"{part}.{key}": w + 1 for part in ("unet", "text_encoder") for key, w in getattr(pipe, part).state_dict().items()}
+    weights = {f"{part}.{key}": (w + 1).contiguous() for part in ("unet", "text_encoder") for key, w in getattr(pipe, part).state_dict().items()}
     save_file(weights, step / "ema.safetensors")
     opened = ev.open_checkpoint(str(step / "ema.safetensors"))
     torch.testing.assert_close(opened.unet.conv_in.weight, pipe.unet.conv_in.weight + 1)

@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 from transformers import CLIPTextConfig as TransformersTextConfig
 from transformers import CLIPTextModel
 
-from tinydiff.models.attention import Attention, FeedForward, SpatialTransformer, dot_product_attention
+from tinydiff.models.attention import Attention, FeedForward, GroupNorm, SpatialTransformer, dot_product_attention
 from tinydiff.models.clip import CLIP, CLIPTextConfig, CLIPTextEncoder, CLIPTokenizer, CLIPVisionConfig, contrastive_loss
 from tinydiff.models.time_embed import TimestepEmbedding, sinusoidal_embedding
 from tinydiff.models.unet import UNet, UNetConfig
@@ -206,16 +206,66 @@ def test_unet_hears_the_time_and_the_text(rng):
         assert not torch.equal(a[0], other[0]) and torch.equal(a[1], other[1])
 
 
+@pytest.mark.parametrize("config", UNETS.values(), ids=UNETS)
+@pytest.mark.parametrize("times", [300.0, [300.0, 7.0]])
+def test_one_sample_several_texts(config, times, rng):
+    "As if the samples were given once for each text; with one time for all, what comes before the first text is computed once."
+    unet = randomize(UNet(config), rng)
+    x, context, t = randn(rng, 2, config.in_channels, 16, 8), randn(rng, 6, 5, config.cross_attention_dim), torch.tensor(times)
+    rows = []
+    unet.conv_in.register_forward_hook(lambda layer, inputs, output: rows.append(len(output)))
+    first = next(module for name, module in unet.named_modules() if name.endswith("attn1"))
+    first.register_forward_hook(lambda layer, inputs, output: rows.append(len(output)))
+    with torch.no_grad():
+        together = unet(x, t, context)
+        assert rows == [2 if t.ndim == 0 else 6] * 2
+        close(together, unet(torch.cat([x, x, x]), t if t.ndim == 0 else torch.cat([t, t, t]), context))
+        for i in range(3):
+            close(together[2 * i:2 * i + 2], unet(x, t, context[2 * i:2 * i + 2]))
+
+
 # --- precision
 
-def test_group_norm_in_bf16_with_a_large_mean(rng):
+@pytest.mark.parametrize("groups", [2, 8])  # of 16 channels, PyTorch's own; of 4, by way of float32
+def test_group_norm_in_bf16_with_a_large_mean(groups, rng):
     "The statistics are taken in float32, whatever the input: a mean of 300 does not swallow the variance."
-    block = ResnetBlock(32, 32, norm_num_groups=8)
+    block = ResnetBlock(32, 32, norm_num_groups=groups)
     x = (300 + 4 * torch.randn(2, 32, 16, 16, generator=rng)).bfloat16()
-    reference = F.group_norm(x.double(), 8, eps=1e-6)
+    reference = F.group_norm(x.double(), groups, eps=1e-6)
     close(block.norm1.bfloat16()(x).double(), reference, atol=0.02)
     with torch.autocast("cpu", torch.bfloat16):
         close(block.norm1.float()(x).double(), reference, atol=0.02)
+
+
+@pytest.mark.parametrize("groups", [2, 8])
+def test_group_norm_in_bf16_learns_as_in_float64(groups, rng):
+    norm = GroupNorm(groups, 32)
+    randomize(norm, rng)
+    x, weight = randn(rng, 2, 32, 8, 8).bfloat16().double().requires_grad_(), randn(rng, 2, 32, 8, 8)
+    (norm(x) * weight).sum().backward()
+    truth = [x.grad, norm.weight.grad, norm.bias.grad]
+    short, rough = GroupNorm(groups, 32).bfloat16(), x.detach().bfloat16().requires_grad_()
+    short.load_state_dict(norm.state_dict())
+    (out := short(rough)).mul(weight).sum().backward()
+    assert out.dtype == torch.bfloat16
+    for exact, found in zip(truth, (rough.grad, short.weight.grad, short.bias.grad)):
+        assert (found - exact).std() < 0.01 * exact.std()
+
+
+def test_upsampling_in_bf16_learns_as_in_float64(rng, monkeypatch):
+    "Where it learns on a CPU it repeats pixels; where it only computes, it is one transposed convolution: both are the same."
+    layer = randomize(Upsample(8), rng)
+    x, weight = randn(rng, 2, 8, 6, 5).bfloat16().double().requires_grad_(), randn(rng, 2, 8, 12, 10)
+    exact = layer(x)
+    (exact * weight).sum().backward()
+    short = Upsample(8).bfloat16()
+    short.load_state_dict(layer.state_dict())
+    rough = x.detach().bfloat16().requires_grad_()
+    with monkeypatch.context() as patch:
+        patch.setattr(F, "conv_transpose2d", None)
+        (learning := short(rough)).mul(weight).sum().backward()
+    for truth, found in ((exact, learning), (exact, short(rough.detach())), (x.grad, rough.grad), (layer.conv.weight.grad, short.conv.weight.grad)):
+        assert (found - truth).std() < 0.01 * truth.std()
 
 
 def test_unet_in_bf16_stays_near_float32(rng):

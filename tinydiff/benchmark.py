@@ -34,7 +34,7 @@ from .models.vae import AutoencoderKL
 from .sample import check_counts, choose_device, one_line_errors, read_flags
 from .schedulers.flow_matching import make_scheduler
 from .stable_diffusion import rename, save_component, text_to_transformers
-from .train import ARCHITECTURES, PRESETS, Architecture, EveryCaption, InBFloat16, Run, TrainConfig, check_image_size, collate, has_bf16, processor_name, reading_processes, recorded, sized
+from .train import ARCHITECTURES, PRESETS, Architecture, EveryCaption, InBFloat16, Run, TrainConfig, check_image_size, collate, has_bf16, keep_freed_memory, processor_name, reading_processes, recorded, sized
 
 # %% ../nbs/16_benchmark.ipynb #ea448567
 def seconds(call: Callable, device: torch.device) -> float:
@@ -129,6 +129,7 @@ class BenchmarkConfig:
         "The device, and whether its autocast is on."
         device = choose_device(self.device)
         if device.index is not None: torch.cuda.set_device(device)
+        if device.type == "cpu": keep_freed_memory()
         return Run(TrainConfig(), Path(), device, has_bf16(device) if self.precision == "auto" else self.precision == "bf16")
 
 # %% ../nbs/16_benchmark.ipynb #05f57478
@@ -303,8 +304,9 @@ def draw(unet: nn.Module, vae: nn.Module, scheduler, latents: Tensor, context: T
     "Pictures from noise; the networks compute in the precision of their weights. `context`: first that of no text, then that of the prompts."
     context = context.to(dtype := next(unet.parameters()).dtype)
     for t in scheduler.timesteps:
-        both = torch.cat([latents, latents]).to(dtype)
-        no_text, text = answer(unet(both, t.to(latents.device), context)).to(latents.dtype).chunk(2)
+        x = latents.to(dtype)
+        x = x if isinstance(unet, UNet) else torch.cat([x, x])  # ours takes several texts for one x
+        no_text, text = answer(unet(x, t.to(latents.device), context)).to(latents.dtype).chunk(2)
         latents = scheduler.step(no_text + guidance_scale * (text - no_text), t, latents).prev_sample
     return answer(vae.decode((latents / vae.config.scaling_factor).to(dtype)))
 

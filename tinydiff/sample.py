@@ -149,7 +149,7 @@ def guided_prediction(unet: UNet, latents: Tensor, timestep: Tensor, context: Te
     "u + w (c - u), classifier-free guidance (Ho and Salimans 2022, equation 6, with w counted from 0: no text)."
     if guidance_scale == 1:
         return unet(latents, timestep, context).to(latents.dtype)
-    unconditional, conditional = unet(torch.cat([latents, latents]), timestep, context).to(latents.dtype).chunk(2)
+    unconditional, conditional = unet(latents, timestep, context).to(latents.dtype).chunk(2)
     return unconditional + guidance_scale * (conditional - unconditional)
 
 # %% ../nbs/12_sample.ipynb #69e91b5e
@@ -188,9 +188,9 @@ class Pipeline:
         write_json(Path(folder) / "model_index.json", model_index(self.scheduler))
 
     def to(self, *where: str | torch.device | torch.dtype):
-        "Move the three networks to a device, or round their weights, or both."
+        "Move the three networks to a device, or round their weights, or both; feature maps keep a pixel's channels together, which is faster."
         for model in (self.unet, self.vae, self.text_encoder):
-            model.to(*where)
+            model.to(*where, memory_format=torch.channels_last)
         return self
 
     @property

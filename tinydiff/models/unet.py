@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import SpatialTransformer
+from .attention import GroupNorm, SpatialTransformer, repeat_like
 from .time_embed import TimestepEmbedding
 from .vae import Downsample, ResnetBlock, Upsample
 
@@ -117,7 +117,7 @@ class UpBlock(nn.Module):
     def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, context: Tensor) -> Tensor:
         "`skips` are this level's, the last one is used first."
         for i, block in enumerate(self.resnets):
-            x = block(torch.cat([x, skips[-1 - i]], dim=1), time)
+            x = block(torch.cat([x, repeat_like(skips[-1 - i], x)], dim=1), time)
             if self.attentions:
                 x = self.attentions[i](x, context)
         for layer in self.upsamplers:
@@ -153,7 +153,7 @@ class UNet(nn.Module):
         self.down_blocks = nn.ModuleList(down_blocks(config))
         self.mid_block = MidBlock(config)
         self.up_blocks = nn.ModuleList(up_blocks(config))
-        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[0], eps=1e-5)
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, channels[0], eps=1e-5)
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)
@@ -168,9 +168,10 @@ class UNet(nn.Module):
         self,
         sample: Tensor,  # (batch, in_channels, height, width) noisy latents
         timesteps: Tensor,  # (batch,) or a scalar, in [0, 1000]
-        context: Tensor,  # (batch, length, cross_attention_dim) states of the text encoder
-    ) -> Tensor:  # (batch, out_channels, height, width)
-        time = self.time_embedding(timesteps.expand(len(sample)))
+        context: Tensor,  # (batch or a multiple of it, length, cross_attention_dim) states of the text encoder
+    ) -> Tensor:  # (batch, out_channels, height, width); several texts for each sample: text by text
+        if timesteps.numel() > 1: sample, timesteps = repeat_like(sample, context), repeat_like(timesteps, context)
+        time = self.time_embedding(timesteps.reshape(-1))
         sample, context = (x.to(self.conv_in.weight.dtype) for x in (sample, context))
         x = self.conv_in(sample)
         skips = [x]

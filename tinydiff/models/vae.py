@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import SpatialAttention
+from .attention import GroupNorm, SpatialAttention
 
 # %% ../../nbs/08_vae.ipynb #94c6c75d
 @dataclass(frozen=True)
@@ -48,10 +48,10 @@ class ResnetBlock(nn.Module):
         eps: float = 1e-6,  # of the group norms
     ):
         super().__init__()
-        self.norm1 = nn.GroupNorm(norm_num_groups, in_channels, eps=eps)
+        self.norm1 = GroupNorm(norm_num_groups, in_channels, eps=eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_emb_proj = nn.Linear(time_dim, out_channels) if time_dim else None
-        self.norm2 = nn.GroupNorm(norm_num_groups, out_channels, eps=eps)
+        self.norm2 = GroupNorm(norm_num_groups, out_channels, eps=eps)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
@@ -77,13 +77,18 @@ class Downsample(nn.Module):
 
 # %% ../../nbs/08_vae.ipynb #d4e40202
 class Upsample(nn.Module):
-    "Doubles height and width: each pixel repeated, then a convolution; computed as one transposed convolution, which is the same."
+    """Doubles height and width: each pixel repeated, then a convolution; computed as one transposed convolution, which is the same.
+
+    Not so where that is slow to differentiate: on CPUs in bfloat16.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:  # (batch, channels, height, width) -> (batch, channels, 2 height, 2 width)
+        if x.requires_grad and x.dtype == torch.bfloat16 and x.device.type == "cpu":
+            return self.conv(F.interpolate(x, scale_factor=2))
         padded = F.pad(self.conv.weight, (1, 1, 1, 1))  # not by avg_pool2d: on GPUs its padding has a wrong gradient, channels last (PyTorch issue 188344)
         sums = F.avg_pool2d(padded, 2, stride=1, divisor_override=1)  # (out, in, 4, 4)
         return F.conv_transpose2d(x, sums.flip(2, 3).transpose(0, 1), self.conv.bias, stride=2, padding=1)
@@ -137,7 +142,7 @@ class Encoder(nn.Module):
             for i, c in enumerate(channels)
         )
         self.mid_block = MidBlock(channels[-1], config.norm_num_groups)
-        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[-1], eps=1e-6)
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, channels[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:  # (batch, 3, height, width) -> (batch, 2 latent_channels, height / f, width / f)
@@ -159,7 +164,7 @@ class Decoder(nn.Module):
             Level(channels[max(i - 1, 0)], c, config.layers_per_block + 1, config.norm_num_groups, "up" if i < last else None)
             for i, c in enumerate(channels)
         )
-        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[-1], eps=1e-6)
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, channels[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(channels[-1], config.out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:  # (batch, latent_channels, height / f, width / f) -> (batch, 3, height, width)
