@@ -155,7 +155,7 @@ MUTATIONS = [
     bug("a detail of Stable Diffusion", "models/attention.py", "value, gate = self.proj(x).chunk(2, dim=-1)", "gate, value = self.proj(x).chunk(2, dim=-1)", M + "unet_equals_diffusers"),
     bug("a detail of Stable Diffusion", "models/time_embed.py", "torch.cat([angles.cos(), angles.sin()], dim=-1)", "torch.cat([angles.sin(), angles.cos()], dim=-1)", M + "unet_equals_diffusers"),
     bug("a detail of Stable Diffusion", "models/vae.py", "F.pad(x, (0, 1, 0, 1))", "F.pad(x, (1, 0, 1, 0))", M + "vae_equals_diffusers"),
-    bug("a detail of Stable Diffusion", "models/clip.py", "x * torch.sigmoid(1.702 * x)", "x * torch.sigmoid(1.7 * x)", M + "text_encoder_equals_transformers"),
+    bug("a detail of Stable Diffusion", "models/clip.py", "F.silu(1.702 * x) / 1.702", "F.silu(1.7 * x) / 1.7", M + "text_encoder_equals_transformers"),
     # --- files
     bug("pickles", "stable_diffusion.py", "        but = f\"; {pickles[0]} is a pickle", "        if pickles: return torch.load(folder / pickles[0], weights_only=False)\n        but = f\"; {pickles[0]} is a pickle",
         F + "pickles_are_never_opened"),

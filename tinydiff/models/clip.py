@@ -114,8 +114,8 @@ class CLIPTextConfig:
 
 # %% ../../nbs/09_clip.ipynb #127593bc
 def quick_gelu(x: Tensor) -> Tensor:
-    "x sigmoid(1.702 x), CLIP's approximation of GELU (Hendrycks and Gimpel 2016)."
-    return x * torch.sigmoid(1.702 * x)
+    "x sigmoid(1.702 x), CLIP's approximation of GELU (Hendrycks and Gimpel 2016), by PyTorch's kernel for y sigmoid(y)."
+    return F.silu(1.702 * x) / 1.702
 
 
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
