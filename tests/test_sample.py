@@ -308,11 +308,13 @@ def test_bfloat16_hardly_changes_a_picture():
 
 
 def test_a_pixels_channels_lie_together(folder):
-    "Everywhere, whatever moved or rounded the networks since; and the picture is that of the usual layout."
+    "On a CPU, whatever moved or rounded the networks since; and the picture is that of the usual layout."
     pipe = TextToImage.from_pretrained(folder)
     for moved in (pipe, TextToImage.from_pretrained(folder, dtype=torch.bfloat16), TextToImage.from_pretrained(folder).to("cpu", torch.float64)):
         for network in (moved.unet, moved.vae):
             assert all(w.is_contiguous(memory_format=torch.channels_last) for w in network.parameters() if w.ndim == 4)
+    elsewhere = TextToImage.from_pretrained(folder).to("meta")
+    assert all(w.is_contiguous() for network in (elsewhere.unet, elsewhere.vae) for w in network.parameters())
     usual = TextToImage.from_pretrained(folder)
     for network in (usual.unet, usual.vae): network.to(memory_format=torch.contiguous_format)
     a, b = (last(p.stream("a boat", num_inference_steps=2)).latents for p in (pipe, usual))

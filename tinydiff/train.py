@@ -598,12 +598,12 @@ def no_worker_left() -> Iterator[None]:
 
 # %% ../nbs/11_train.ipynb #0ecf8a49
 def reading_processes(config: TrainConfig, device: torch.device) -> int:
-    "As many as `num_workers` says; else one for each core that this process may use, at most 16; where the CPU also computes, for every second one, at most 2."
+    "As many as `num_workers` says; else one for each core that this process may use, at most 16; where the CPU also computes, for every third one."
     if config.num_workers is not None:
         return config.num_workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # set by torchrun
-    return max(1, min(cores // 2, 2) if device.type == "cpu" else min(cores, 16))
+    return max(1, min(-(-cores // 3) if device.type == "cpu" else cores, 16))
 
 # %% ../nbs/11_train.ipynb #5ec28a46
 class PixelStage:
