@@ -155,8 +155,7 @@ class UNet(nn.Module):
         self.up_blocks = nn.ModuleList(up_blocks(config))
         self.conv_norm_out = GroupNorm(config.norm_num_groups, channels[0], eps=1e-5)
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
-        nn.init.zeros_(self.conv_out.weight)
-        nn.init.zeros_(self.conv_out.bias)
+        for p in self.conv_out.parameters(): nn.init.zeros_(p)
 
     def run(self, block: nn.Module, *inputs):
         "Call a block; under gradient checkpointing its activations are computed again in the backward pass, not stored."
