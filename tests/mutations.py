@@ -125,6 +125,11 @@ MUTATIONS = [
     bug("processes that all encode everything", "train.py", "items.tensor_split(len(shares))[run.rank])", "items)", T + "two_processes_share_the_encoding"),
     bug("repainting at two noise levels", "playground.py", "torch.tensor(chain[state.step])", "torch.tensor(scheduler.previous_timestep(state.timestep))",
         "test_playground.py::test_repaint_shows_the_model_one_noise_level[heun]"),
+    # --- the sketch
+    bug("a sketch that nobody asks for", "train.py", "loss + self.run.config.sketch_weight * missed", "loss + 0 * missed", T + "a_sketch_counts_with_its_weight[flow]"),
+    bug("a sketch that does not teach the text encoder", "train.py", "(prediction, self.sketch(states))", "(prediction, self.sketch(states.detach()))", T + "a_sketch_counts_with_its_weight[flow]"),
+    bug("a sketch of the places alone", "train.py", "self.places.weight.expand(len(states), -1, -1), states)", "self.places.weight.expand(len(states), -1, -1), states * 0)", T + "a_sketch_learns_the_mean_of_a_captions_pictures"),
+    bug("a run's step with weights that only taught", "evaluate.py", ' if not name.startswith("sketch.")', "", T + "a_sketch_is_for_text_encoders_that_learn"),
     # --- CLIP
     bug("equal captions as negatives", "models/clip.py", "same = (ids[:, None] == ids[None]).all(dim=-1).float()", "same = torch.eye(len(ids))", M + "equal_captions_are_not_negatives"),
     bug("temperature without exp", "models/clip.py", "self.logit_scale.clamp(max=math.log(100)).exp()", "self.logit_scale.clamp(max=math.log(100))", M + "temperature_is_exponentiated_and_clamped"),

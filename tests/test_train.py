@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import tinydiff.evaluate
 import tinydiff.sample
 import tinydiff.train
 from small import QUICK, SMALL, differences, run_command
@@ -33,7 +34,7 @@ from tinydiff.models.unet import UNet
 from tinydiff.sample import TextToImage
 from tinydiff.stable_diffusion import load_text_encoder, load_vae
 from tinydiff.train import (
-    EMA, PRESETS, Denoiser, EncodedData, Guard, InBFloat16, Run, StepSampler, TrainConfig, batch_indices, config_from_dict, explained, learning_rate,
+    EMA, PRESETS, Denoiser, EncodedData, Guard, InBFloat16, Run, Sketch, StepSampler, TrainConfig, batch_indices, config_from_dict, explained, learning_rate,
     load_optimizer_tensors, load_parts, open_dataset, optimizer_tensors, plot_metrics, read_config, read_metrics, train,
 )
 
@@ -215,7 +216,7 @@ def test_what_comes_next_is_said(tmp_path, monkeypatch, capsys):
     assert not run_command(monkeypatch, capsys, tinydiff.train.main, "--resume", "--stage", "clip", "--out", run)[1]
 
 
-@pytest.mark.parametrize("change", ["--arch base", "--image_size 32", "--seed 7", "--optimizer adamw", "--no_train_text_encoder", "--scheduler ddpm"])
+@pytest.mark.parametrize("change", ["--arch base", "--image_size 32", "--seed 7", "--optimizer adamw", "--no_train_text_encoder", "--scheduler ddpm", "--sketch_weight 0"])
 def test_what_a_resumed_run_cannot_change(base, tmp_path, monkeypatch, capsys, change):
     "One line, and the run can go on as it was."
     run = tmp_path / "run"
@@ -773,7 +774,7 @@ def test_muon_does_not_look_whether_the_step_was_good(rng):
 def test_bfloat16_copies_compute_and_float32_weights_learn():
     "The answer and the gradients are those of a bfloat16 model; they arrive in float32, at the weights that are trained and at no other."
     torch.manual_seed(0)
-    model = Denoiser(UNet(SMALL.unet), CLIPTextEncoder(SMALL.text).requires_grad_(False))
+    model = Denoiser(UNet(SMALL.unet), CLIPTextEncoder(SMALL.text).requires_grad_(False), Sketch(SMALL.text, 4))
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.05 * torch.randn_like(p))
@@ -782,16 +783,17 @@ def test_bfloat16_copies_compute_and_float32_weights_learn():
     assert [id(p) for p in copies.parameters()] == [id(p) for p in model.parameters()]
     for part in range(1, 3):  # gradients of parts add up in float32
         with torch.autocast("cpu", torch.bfloat16):
-            (answer := copies(*inputs)).float().square().mean().backward()
+            answers = copies(*inputs)
+            sum(answer.float().square().mean() for answer in answers).backward()
         plain.zero_grad()
-        plain(*inputs).float().square().mean().backward()
-        assert answer.dtype == torch.bfloat16 and torch.equal(answer, plain(*inputs))
+        sum(answer.float().square().mean() for answer in plain(*inputs)).backward()
+        assert all(answer.dtype == torch.bfloat16 and torch.equal(answer, other) for answer, other in zip(answers, plain(*inputs), strict=True))
         for p, q in zip(model.parameters(), plain.parameters()):
             assert p.dtype == torch.float32 and (p.grad is None) == (q.grad is None)
             assert q.grad is None or (p.grad.dtype == torch.float32 and torch.equal(p.grad, part * q.grad.float()))
     with torch.no_grad():
         model.unet.conv_out.bias.add_(1)
-    assert torch.allclose(copies(*inputs).float(), answer.float() + 1, atol=0.02)
+    assert torch.allclose(copies(*inputs)[0].float(), answers[0].float() + 1, atol=0.02)
 
 
 def test_a_process_that_lost_another_ends_at_once_on_a_gpu(tmp_path, monkeypatch, capsys):
@@ -885,6 +887,8 @@ BAD = {
     "parts": (["--grad_accum", "7"], "multiple of 7"),
     "device": (["--device", "gpu"], "no device 'gpu'"),
     "graphs without a GPU": (["--cuda_graphs"], "--cuda_graphs needs an NVIDIA GPU"),
+    "a sketch for nobody": (["--no_train_text_encoder", "--sketch_weight", "2"], "--sketch_weight is for a text encoder that learns"),
+    "a negative sketch": (["--sketch_weight", "-1"], "--sketch_weight must be"),
     "graphs and compile": (["--cuda_graphs", "--compile"], "--cuda_graphs goes neither with --compile"),
     "graphs and parts": (["--cuda_graphs", "--grad_accum", "2"], "--cuda_graphs goes neither with .* nor with --grad_accum"),
     "no VAE": (["--vae", "/nowhere"], "/nowhere"),
@@ -1013,6 +1017,82 @@ def test_text_encoder_learns_or_stays(base, tmp_path):
         assert before.keys() == after.keys()
         moved = [key for key in before if not torch.equal(before[key], after[key])]
         assert (len(moved) > len(before) / 2) if learns else not moved
+
+
+def test_a_sketch_is_of_the_caption_alone(rng):
+    "Neither the noisy picture nor the timestep changes it; each place and the order of words do; the UNet's answer is what it is without."
+    torch.manual_seed(0)
+    model = Denoiser(UNet(SMALL.unet), CLIPTextEncoder(SMALL.text), Sketch(SMALL.text, 4, side=6))
+    nn.init.normal_(model.unet.conv_out.weight)
+    ids = torch.randint(1, 500, (3, 12), generator=rng)
+    prediction, sketches = model(torch.randn(3, 4, 8, 8, generator=rng), torch.tensor([3.0, 500.0, 997.0]), ids)
+    other, again = model(torch.randn(3, 4, 8, 8, generator=rng), torch.tensor([997.0, 3.0, 500.0]), ids)
+    assert sketches.shape == (3, 4, 6, 6) and torch.equal(sketches, again) and not torch.equal(prediction, other)
+    turned = model.sketch(model.text_encoder(ids[:, [0, 3, 2, 1, *range(4, 12)]]))
+    assert (turned - sketches).abs().amax(dim=(1, 2, 3)).min() > 1e-4
+    assert (sketches.flatten(2)[..., :1] - sketches.flatten(2)[..., 1:]).abs().amax(dim=1).min() > 1e-3
+    noisy, t = torch.randn(3, 4, 8, 8, generator=rng), torch.full((3,), 400.0)
+    assert torch.equal(Denoiser(model.unet, model.text_encoder)(noisy, t, ids)[0], model(noisy, t, ids)[0])
+
+
+def test_a_sketch_learns_the_mean_of_a_captions_pictures(rng):
+    "Two captions of the same words, and pictures that scatter around two means: 300 steps of the sketch and the text encoder."
+    torch.manual_seed(0)
+    encoder, sketch = CLIPTextEncoder(SMALL.text), Sketch(SMALL.text, 4, side=4)
+    ids, means = torch.tensor([[1, 7, 9, 2], [1, 9, 7, 2]]), torch.randn(2, 4, 4, 4, generator=rng)
+    optimizer = torch.optim.Adam([*encoder.parameters(), *sketch.parameters()], lr=1e-2)
+    for step in range(300):
+        optimizer.param_groups[0]["lr"] = learning_rate(step, 300, 1e-2, 20)
+        pictures = means + 0.5 * torch.randn(2, 4, 4, 4, generator=rng)
+        (sketch(encoder(ids)) - pictures).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert (sketch(encoder(ids)) - means).square().mean() < 0.1 * (means[0] - means[1]).square().mean()
+
+
+@pytest.mark.parametrize("scheduler", ["ddpm", "flow"])
+def test_a_sketch_counts_with_its_weight(base, tmp_path, scheduler):
+    "It is held against the latents' means, and its gradient reaches the text encoder and not the UNet."
+    def loss(weight):
+        torch.manual_seed(0)
+        run = Run(on(base, sketch_weight=weight, scheduler=scheduler), tmp_path, torch.device("cpu"), False)
+        stage = tinydiff.train.DiffusionStage(run, open_dataset(run.config), SMALL, load_parts(base, base))
+        return stage, *stage.loss(stage.model, *stage.batch(0))
+
+    (_, none, nothing), (_, one, number), (stage, three, same) = (loss(weight) for weight in (0.0, 1.0, 3.0))
+    assert not nothing and torch.equal(number["sketch"], same["sketch"])
+    torch.testing.assert_close(torch.stack([one, three]) - none, torch.stack([number["sketch"], 3 * number["sketch"]]), rtol=1e-4, atol=1e-5)
+    (three - stage.loss(lambda *args: stage.model(*args)[:1], *stage.batch(0))[0]).backward()
+    assert stage.model.text_encoder.token_embedding.weight.grad.norm() > 1e-4 and stage.model.sketch.places.weight.grad.norm() > 1e-4
+    assert stage.model.unet.conv_out.weight.grad.norm() < 1e-6
+
+    latents, noise, t, ids = torch.randn(5, 4, 32, 16), *stage.batch(0)[1:]
+    noise, means = torch.randn_like(latents), latents.unflatten(2, (8, 4)).unflatten(4, (8, 2)).mean(dim=(3, 5))
+    right, numbers = stage.loss(lambda *args: (stage.scheduler.get_target(latents, noise, t), means), latents, noise, t, ids)
+    wrong, others = stage.loss(lambda *args: (stage.scheduler.get_target(latents, noise, t), means + 0.5), latents, noise, t, ids)
+    assert right < 1e-10 and numbers["sketch"] < 1e-10
+    torch.testing.assert_close(torch.stack([wrong, others["sketch"]]), torch.tensor([0.75, 0.25]))
+
+
+def test_a_sketch_is_for_text_encoders_that_learn(base, tmp_path):
+    "It is logged and is among a checkpoint's weights, not among the finished pipeline's; where the encoder stays, or with weight 0, there is none."
+    for name, more in (("there", {}), ("stays", dict(train_text_encoder=False)), ("zero", dict(sketch_weight=0.0))):
+        run = train(on(base, out=str(tmp_path / name), **more))
+        kept = load_file(run / "checkpoints/diffusion/0000002/ema.safetensors")
+        assert any(key.startswith("sketch.") for key in kept) == all("sketch" in record for record in read_metrics(run)) == (name == "there")
+        assert not any("sketch" in key for part in ("unet", "text_encoder") for file in (run / part).glob("*.safetensors") for key in load_file(file))
+        opened = tinydiff.evaluate.open_checkpoint(str(run / "checkpoints/diffusion/0000002/ema.safetensors"))
+        assert torch.equal(opened.unet.conv_in.weight, kept["unet.conv_in.weight"])
+
+
+def test_runs_from_before_the_sketch_go_on(base, tmp_path):
+    "Their configuration has no weight for it, and their checkpoints none."
+    run = train(on(base, sketch_weight=0.0, out=str(tmp_path / "run")))
+    about = json.loads((run / "run.json").read_text())
+    del about["config"]["sketch_weight"]
+    (run / "run.json").write_text(json.dumps(about))
+    train(read_config(["--resume", "--steps", "3", "--out", str(run)]))
+    assert len(read_metrics(run)) == 3 and "sketch" not in read_metrics(run)[-1]
 
 
 def test_start_from_a_unet(base, tmp_path):

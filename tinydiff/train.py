@@ -13,11 +13,11 @@ __all__ = ['RANGES', 'PRESETS', 'ARCHITECTURES', 'CHECKPOINT', 'PACKAGES', 'seed
            'reading_processes', 'PixelStage', 'VAEStage', 'scaling_factor', 'captions_of', 'CLIPStage', 'Parts',
            'load_parts', 'make_unet', 'needed_items', 'encode_dataset', 'data_fingerprint', 'parts_fingerprint',
            'fingerprint', 'check_same_parts', 'remember_parts', 'read_cache', 'write_cache', 'joined', 'cached_latents',
-           'EncodedData', 'draw_by_time', 'Denoiser', 'OneAhead', 'DiffusionStage', 'stop_signals', 'blame', 'Guard',
-           'backward', 'ToBFloat16', 'InBFloat16', 'recorded', 'parallel', 'Progress', 'finish', 'fit', 'has_bf16',
-           'join_processes', 'keep_freed_memory', 'check_shares', 'check_image_size', 'check_out', 'processor_name',
-           'git_commit', 'describe_run', 'with_earlier', 'open_run', 'with_folder', 'with_own_parts', 'open_dataset',
-           'explained', 'train', 'stored_config', 'read_config', 'main']
+           'EncodedData', 'draw_by_time', 'Sketch', 'Denoiser', 'OneAhead', 'DiffusionStage', 'stop_signals', 'blame',
+           'Guard', 'backward', 'ToBFloat16', 'InBFloat16', 'recorded', 'parallel', 'Progress', 'finish', 'fit',
+           'has_bf16', 'join_processes', 'keep_freed_memory', 'check_shares', 'check_image_size', 'check_out',
+           'processor_name', 'git_commit', 'describe_run', 'with_earlier', 'open_run', 'with_folder', 'with_own_parts',
+           'open_dataset', 'explained', 'train', 'stored_config', 'read_config', 'main']
 
 # %% ../nbs/11_train.ipynb #b8522702
 import argparse
@@ -61,6 +61,7 @@ from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 
 from .data import bytes_to_tensor, choose_caption, image_to_bytes, load_captioned_images, skipped_report, tensor_to_images
+from .models.attention import TransformerBlock
 from .models.clip import CLIP, CLIPTextConfig, CLIPTextEncoder, CLIPTokenizer, CLIPVisionConfig, contrastive_loss
 from .models.unet import UNet, UNetConfig
 from .models.vae import AutoencoderKL, VAEConfig
@@ -175,6 +176,7 @@ class TaskOptions:
     scheduler: Literal["ddpm", "flow"] = "flow"
     prediction_type: Literal["epsilon", "x0", "v_prediction"] = "epsilon"  # ddpm only
     snr_gamma: float | None = None  # min-SNR loss weighting (Hang et al. 2023), ddpm only
+    sketch_weight: float = 1.0  # a text encoder that learns must also sketch the picture, from the caption alone; 0: it need not
     caption_dropout: float = 0.1  # share of captions left empty, for guidance
     flip: bool = False  # mirror half of the pictures; not where left and right matter
 
@@ -238,7 +240,7 @@ def in_words(kind) -> str:
 RANGES = {
     **dict.fromkeys(("steps", "vae_steps", "clip_steps", "batch_size", "vae_batch_size", "clip_batch_size", "image_size",
                      "grad_accum", "keep", "checkpoint_every", "sample_every", "log_every"), (1, math.inf)),
-    **dict.fromkeys(("subset_size", "num_workers", "warmup", "wd", "kl_weight", "half_size_every", "lr", "vae_lr", "clip_lr"), (0, math.inf)),
+    **dict.fromkeys(("subset_size", "num_workers", "warmup", "wd", "kl_weight", "sketch_weight", "half_size_every", "lr", "vae_lr", "clip_lr"), (0, math.inf)),
     **dict.fromkeys(("grad_clip", "snr_gamma"), (1e-9, math.inf)),
     **dict.fromkeys(("caption_dropout", "ema_decay"), (0, 1)),
     "seed": (0, 2**63 - 1),
@@ -265,6 +267,8 @@ class TrainConfig(MachineOptions, OptimizerOptions, TaskOptions, ModelOptions, D
             raise ValueError("--prediction_type and --snr_gamma are for --scheduler ddpm; flow matching always predicts noise minus picture")
         if self.stage != "diffusion" and (self.vae, self.text_encoder, self.unet) != ("tiny", "tiny", None):
             raise ValueError(f"--vae, --text_encoder and --unet are for --stage diffusion; --stage {self.stage} trains from nothing")
+        if not self.train_text_encoder and self.sketch_weight not in (0, TaskOptions.sketch_weight):
+            raise ValueError("--sketch_weight is for a text encoder that learns; with --no_train_text_encoder the sketch would teach nobody")
         if self.cuda_graphs and (self.compile or self.grad_checkpoint or self.grad_accum > 1):
             raise ValueError("--cuda_graphs goes neither with --compile nor with --grad_checkpoint nor with --grad_accum")
 
@@ -911,16 +915,34 @@ def draw_by_time(errors: Tensor, top: float) -> Image.Image:
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 # %% ../nbs/11_train.ipynb #f53d8628
-class Denoiser(nn.Module):
-    "The UNet and the text encoder it reads."
+class Sketch(nn.Module):
+    """The mean of all latents that a caption allows, by `side` x `side` places, from the states of its words alone.
 
-    def __init__(self, unet: UNet, text_encoder: CLIPTextEncoder):
+    Every place has a learned vector; in one block of the UNet's transformer the places look at each other and at the caption.
+    """
+
+    def __init__(self, text: CLIPTextConfig, channels: int, side: int = 8):
         super().__init__()
-        self.unet, self.text_encoder = unet, text_encoder
+        self.places = nn.Embedding(side**2, text.hidden_size)
+        self.block = TransformerBlock(text.hidden_size, text.num_attention_heads, text.hidden_size)
+        self.to_latents = nn.Sequential(nn.LayerNorm(text.hidden_size), nn.Linear(text.hidden_size, channels), nn.Unflatten(1, (side, side)))
 
-    def forward(self, sample: Tensor, timesteps: Tensor, ids: Tensor) -> Tensor:
-        "Noisy latents (batch, channels, height, width), timesteps (batch,), tokens (batch, length) -> the shape of `sample`."
-        return self.unet(sample, timesteps, self.text_encoder(ids))
+    def forward(self, states: Tensor) -> Tensor:  # (batch, length, hidden_size) -> (batch, channels, side, side)
+        return self.to_latents(self.block(self.places.weight.expand(len(states), -1, -1), states)).movedim(-1, 1)
+
+
+class Denoiser(nn.Module):
+    "The UNet, the text encoder it reads, and perhaps a sketch, which only teaches the text encoder."
+
+    def __init__(self, unet: UNet, text_encoder: CLIPTextEncoder, sketch: Sketch | None = None):
+        super().__init__()
+        self.unet, self.text_encoder, self.sketch = unet, text_encoder, sketch
+
+    def forward(self, sample: Tensor, timesteps: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+        "Noisy latents (batch, channels, height, width), timesteps (batch,), tokens (batch, length) -> a prediction of the shape of `sample`; and a sketch, where there is one."
+        states = self.text_encoder(ids)
+        prediction = self.unet(sample, timesteps, states)
+        return (prediction, self.sketch(states)) if self.sketch else (prediction,)
 
 # %% ../nbs/11_train.ipynb #8e69d7d4
 class OneAhead:
@@ -948,7 +970,8 @@ class DiffusionStage:
         self.vae.to(memory_format=torch.channels_last)
         settings = {"weighting_scheme": "logit_normal"} if c.scheduler == "flow" else {"prediction_type": c.prediction_type}
         self.scheduler = make_scheduler(c.scheduler, **settings)
-        self.model = Denoiser(make_unet(arch.unet, parts, c.image_size), parts.text_encoder.requires_grad_(c.train_text_encoder))
+        sketch = Sketch(parts.text_encoder.config, parts.vae.config.latent_channels) if c.train_text_encoder and c.sketch_weight else None
+        self.model = Denoiser(make_unet(arch.unet, parts, c.image_size), parts.text_encoder.requires_grad_(c.train_text_encoder), sketch)
         self.model.unet.gradient_checkpointing = c.grad_checkpoint
         self.data = EncodedData(run, dataset, parts)
         self.prompts = captions_of(dataset, list(range(min(16, len(dataset)))))
@@ -965,11 +988,15 @@ class DiffusionStage:
         return latents, noise, self.run.send(self.run.mine(t)), self.data.ids(step)
 
     def loss(self, model: nn.Module, latents: Tensor, noise: Tensor, t: Tensor, ids: Tensor) -> tuple[Tensor, dict]:
-        prediction = model(self.scheduler.add_noise(latents, noise, t), t, ids)
+        prediction, *sketches = model(self.scheduler.add_noise(latents, noise, t), t, ids)
         error = (prediction.float() - self.scheduler.get_target(latents, noise, t)).square().mean(dim=(1, 2, 3))
         place = (t * 20 / self.scheduler.num_train_timesteps).long().clamp(0, 19)
         self.by_time.index_add_(1, place, torch.stack([error.detach(), torch.ones_like(error)]))
-        return (self.scheduler.loss_weight(t, self.run.config.snr_gamma) * error).mean(), {}
+        loss, numbers = (self.scheduler.loss_weight(t, self.run.config.snr_gamma) * error).mean(), {}
+        for sketch in sketches:  # one or none
+            missed = (sketch.float() - F.adaptive_avg_pool2d(latents, sketch.shape[-1])).square().mean()
+            loss, numbers = loss + self.run.config.sketch_weight * missed, {"sketch": missed.detach()}
+        return loss, numbers
 
     def preview(self, model: Denoiser) -> Image.Image:
         "Pictures of captions of the data set, always from the same noise."
@@ -1245,7 +1272,7 @@ def check_out(config: TrainConfig):
     out = Path(config.out)
     if config.resume:
         before, stages = stored_config(config.out), "*" if config.stage == "all" else config.stage
-        for name, trained in (("arch", stages), ("image_size", stages), ("optimizer", stages), ("seed", stages), ("train_text_encoder", "diffusion"),
+        for name, trained in (("arch", stages), ("image_size", stages), ("optimizer", stages), ("seed", stages), ("train_text_encoder", "diffusion"), ("sketch_weight", "diffusion"),
                               ("scheduler", "diffusion"), ("prediction_type", "diffusion")):
             was, now = getattr(before, name), getattr(config, name)
             if was != now and any(out.glob(f"checkpoints/{trained}/[0-9]*")):
@@ -1414,7 +1441,7 @@ def stored_config(out: str | None) -> TrainConfig:
     if not isinstance(stored, dict):
         raise ValueError(f"{out}/run.json holds no configuration")
     try:
-        return config_from_dict(stored)
+        return config_from_dict({"sketch_weight": 0.0} | stored)  # runs of earlier versions have none
     except ValueError as error:
         raise ValueError(f"{out}/run.json: {error}") from None
 
