@@ -126,7 +126,7 @@ MUTATIONS = [
     bug("repainting at two noise levels", "playground.py", "torch.tensor(chain[state.step])", "torch.tensor(scheduler.previous_timestep(state.timestep))",
         "test_playground.py::test_repaint_shows_the_model_one_noise_level[heun]"),
     # --- the sketch
-    bug("a sketch that nobody asks for", "train.py", "loss + self.run.config.sketch_weight * missed", "loss + 0 * missed", T + "a_sketch_counts_with_its_weight[flow]"),
+    bug("a sketch that nobody asks for", "train.py", "loss + self.run.config.sketch_weight * sum(missed)", "loss + 0 * sum(missed)", T + "a_sketch_counts_with_its_weight[flow]"),
     bug("a sketch that does not teach the text encoder", "train.py", "(prediction, self.sketch(states))", "(prediction, self.sketch(states.detach()))", T + "a_sketch_counts_with_its_weight[flow]"),
     bug("a sketch of the places alone", "train.py", "self.places.weight.expand(len(states), -1, -1), states)", "self.places.weight.expand(len(states), -1, -1), states * 0)", T + "a_sketch_learns_the_mean_of_a_captions_pictures"),
     bug("a run's step with weights that only taught", "evaluate.py", ' if not name.startswith("sketch.")', "", T + "a_sketch_is_for_text_encoders_that_learn"),

@@ -13,11 +13,12 @@ __all__ = ['RANGES', 'PRESETS', 'ARCHITECTURES', 'CHECKPOINT', 'PACKAGES', 'seed
            'reading_processes', 'PixelStage', 'VAEStage', 'scaling_factor', 'captions_of', 'CLIPStage', 'Parts',
            'load_parts', 'make_unet', 'needed_items', 'encode_dataset', 'data_fingerprint', 'parts_fingerprint',
            'fingerprint', 'check_same_parts', 'remember_parts', 'read_cache', 'write_cache', 'joined', 'cached_latents',
-           'EncodedData', 'draw_by_time', 'Sketch', 'Denoiser', 'OneAhead', 'DiffusionStage', 'stop_signals', 'blame',
-           'Guard', 'backward', 'ToBFloat16', 'InBFloat16', 'recorded', 'parallel', 'Progress', 'finish', 'fit',
-           'has_bf16', 'join_processes', 'keep_freed_memory', 'check_shares', 'check_image_size', 'check_out',
-           'processor_name', 'git_commit', 'describe_run', 'with_earlier', 'open_run', 'with_folder', 'with_own_parts',
-           'open_dataset', 'explained', 'train', 'stored_config', 'read_config', 'main']
+           'EncodedData', 'draw_by_time', 'Sketch', 'sketch_loss', 'Denoiser', 'make_denoiser', 'OneAhead',
+           'DiffusionStage', 'stop_signals', 'blame', 'Guard', 'backward', 'ToBFloat16', 'InBFloat16', 'recorded',
+           'parallel', 'Progress', 'finish', 'fit', 'has_bf16', 'join_processes', 'keep_freed_memory', 'check_shares',
+           'check_image_size', 'check_out', 'processor_name', 'git_commit', 'describe_run', 'with_earlier', 'open_run',
+           'with_folder', 'with_own_parts', 'open_dataset', 'explained', 'train', 'stored_config', 'read_config',
+           'main']
 
 # %% ../nbs/11_train.ipynb #b8522702
 import argparse
@@ -931,6 +932,11 @@ class Sketch(nn.Module):
         return self.to_latents(self.block(self.places.weight.expand(len(states), -1, -1), states)).movedim(-1, 1)
 
 
+def sketch_loss(sketch: Tensor, latents: Tensor) -> Tensor:
+    "Mean squared error of (batch, channels, side, side) against the mean latents of these places."
+    return (sketch.float() - F.adaptive_avg_pool2d(latents, sketch.shape[-1])).square().mean()
+
+
 class Denoiser(nn.Module):
     "The UNet, the text encoder it reads, and perhaps a sketch, which only teaches the text encoder."
 
@@ -943,6 +949,15 @@ class Denoiser(nn.Module):
         states = self.text_encoder(ids)
         prediction = self.unet(sample, timesteps, states)
         return (prediction, self.sketch(states)) if self.sketch else (prediction,)
+
+
+def make_denoiser(config: TrainConfig, unet: UNetConfig, parts: Parts) -> Denoiser:
+    "What stage 3 trains; a text encoder that stays as it is needs no sketch."
+    learns = config.train_text_encoder
+    sketch = Sketch(parts.text_encoder.config, parts.vae.config.latent_channels) if learns and config.sketch_weight else None
+    model = Denoiser(make_unet(unet, parts, config.image_size), parts.text_encoder.requires_grad_(learns), sketch)
+    model.unet.gradient_checkpointing = config.grad_checkpoint
+    return model
 
 # %% ../nbs/11_train.ipynb #8e69d7d4
 class OneAhead:
@@ -966,13 +981,10 @@ class DiffusionStage:
         c = run.config
         self.run, self.dataset, self.steps, self.lr, self.batch_size, self.parts = run, dataset, c.steps, c.lr, c.batch_size, c.grad_accum
         remember_parts(run, parts)
-        self.vae, self.tokenizer = parts.vae.to(run.device), parts.tokenizer
-        self.vae.to(memory_format=torch.channels_last)
+        self.vae, self.tokenizer = parts.vae.to(run.device, memory_format=torch.channels_last), parts.tokenizer
         settings = {"weighting_scheme": "logit_normal"} if c.scheduler == "flow" else {"prediction_type": c.prediction_type}
         self.scheduler = make_scheduler(c.scheduler, **settings)
-        sketch = Sketch(parts.text_encoder.config, parts.vae.config.latent_channels) if c.train_text_encoder and c.sketch_weight else None
-        self.model = Denoiser(make_unet(arch.unet, parts, c.image_size), parts.text_encoder.requires_grad_(c.train_text_encoder), sketch)
-        self.model.unet.gradient_checkpointing = c.grad_checkpoint
+        self.model = make_denoiser(c, arch.unet, parts)
         self.data = EncodedData(run, dataset, parts)
         self.prompts = captions_of(dataset, list(range(min(16, len(dataset)))))
         self.by_time = torch.zeros(2, 20, device=run.device)  # sum of errors, and their number, for twenty ranges of timesteps
@@ -992,11 +1004,9 @@ class DiffusionStage:
         error = (prediction.float() - self.scheduler.get_target(latents, noise, t)).square().mean(dim=(1, 2, 3))
         place = (t * 20 / self.scheduler.num_train_timesteps).long().clamp(0, 19)
         self.by_time.index_add_(1, place, torch.stack([error.detach(), torch.ones_like(error)]))
-        loss, numbers = (self.scheduler.loss_weight(t, self.run.config.snr_gamma) * error).mean(), {}
-        for sketch in sketches:  # one or none
-            missed = (sketch.float() - F.adaptive_avg_pool2d(latents, sketch.shape[-1])).square().mean()
-            loss, numbers = loss + self.run.config.sketch_weight * missed, {"sketch": missed.detach()}
-        return loss, numbers
+        loss = (self.scheduler.loss_weight(t, self.run.config.snr_gamma) * error).mean()
+        missed = [sketch_loss(sketch, latents) for sketch in sketches]  # one or none
+        return loss + self.run.config.sketch_weight * sum(missed), {"sketch": m.detach() for m in missed}
 
     def preview(self, model: Denoiser) -> Image.Image:
         "Pictures of captions of the data set, always from the same noise."
