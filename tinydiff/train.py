@@ -928,7 +928,8 @@ class Sketch(nn.Module):
         self.block = TransformerBlock(text.hidden_size, text.num_attention_heads, text.hidden_size)
         self.to_latents = nn.Sequential(nn.LayerNorm(text.hidden_size), nn.Linear(text.hidden_size, channels), nn.Unflatten(1, (side, side)))
 
-    def forward(self, states: Tensor) -> Tensor:  # (batch, length, hidden_size) -> (batch, channels, side, side)
+    def forward(self, states: Tensor) -> Tensor:
+        "States of the words (batch, length, hidden_size) -> latents (batch, channels, side, side), scaled as the UNet's are."
         return self.to_latents(self.block(self.places.weight.expand(len(states), -1, -1), states)).movedim(-1, 1)
 
 
