@@ -14,7 +14,7 @@ from tinydiff.train import CHECKPOINT, Architecture, read_metrics
 SMALL = Architecture(
     VAEConfig(block_out_channels=(8, 16), norm_num_groups=4),
     CLIPTextConfig(vocab_size=560, hidden_size=16, num_hidden_layers=1, intermediate_size=32, projection_dim=16),
-    CLIPVisionConfig(patch_size=8, hidden_size=16, num_hidden_layers=1, intermediate_size=32, projection_dim=16),
+    CLIPVisionConfig(patch_size=8, hidden_size=16, num_hidden_layers=1, intermediate_size=32),
     UNetConfig(block_out_channels=(8, 16), cross_attention=(False, True), num_heads=2, cross_attention_dim=16, norm_num_groups=4),
 )
 QUICK = dict(image_size=16, subset_size=24, num_workers=0, steps=2, vae_steps=2, clip_steps=2, batch_size=5, vae_batch_size=5, clip_batch_size=5,

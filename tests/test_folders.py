@@ -141,7 +141,7 @@ def test_tokenizer_comes_back(tmp_path):
 
 
 def test_clip_comes_back(tmp_path, rng):
-    vision = CLIPVisionConfig(image_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, projection_dim=32)
+    vision = CLIPVisionConfig(image_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     clip = randomize(CLIP(TEXT, vision), rng)
     save_component(clip, tmp_path)
     again = load_clip(tmp_path)
@@ -208,7 +208,7 @@ def test_original_files(theirs, tmp_path, seed):
     save_file({**load_file(path), "text_model.embeddings.position_ids": torch.arange(16)[None]}, path)
     assert any(".attentions.0.query." in key for key in load_file(sd / "vae" / "diffusion_pytorch_model.safetensors"))
     edit_json(sd / "vae" / "config.json", **dict.fromkeys(("scaling_factor", "force_upcast", "latents_mean", "use_quant_conv"), ...))
-    edit_json(sd / "text_encoder" / "config.json", eos_token_id=2, bos_token_id=0, pad_token_id=1)
+    edit_json(sd / "text_encoder" / "config.json", eos_token_id=2, bos_token_id=0, pad_token_id=1, projection_dim=...)
     shutil.rmtree(sd / "tokenizer")
     shutil.copytree(tmp_path / "made", sd / "tokenizer")
     PNDMScheduler(**{k: v for k, v in SD_BETAS.items() if k != "clip_sample"}, set_alpha_to_one=False, skip_prk_steps=True).save_pretrained(sd / "scheduler")
@@ -350,6 +350,22 @@ def test_tokenizer_equals_transformers_with_clips_own_vocabulary(seed, tmp_path)
     assert_same_tokens(ours, theirs, hostile(seed))
 
 
+@pytest.mark.parametrize("saved_by", ["us", "them"])
+def test_a_tokenizer_that_pads_with_another_token(saved_by, tmp_path):
+    "As Stable Diffusion 2's, whose special_tokens_map.json says `!`. (A ! in a caption stays a word, as in OpenCLIP; transformers takes it for padding.)"
+    TOKENIZER.save(tmp_path)
+    write_json(tmp_path / "special_tokens_map.json", {"pad_token": {"content": "!", "lstrip": False}})
+    ours = load_tokenizer(tmp_path)
+    if saved_by == "us": ours.save(tmp_path)
+    assert_same_tokens(load_tokenizer(tmp_path), TransformersTokenizer.from_pretrained(tmp_path), [*(c.replace("!", "") for c in CAPTIONS), "", 2000 * "boat "])
+    ids = ours("a red boat")[0]
+    assert ids[-1] == ours.vocab["!"] != ours.end_id in ids and ours.decode(ids) == "a red boat"
+
+
+def test_a_caption_alone_is_a_batch_of_one():
+    assert torch.equal(TOKENIZER("a red boat"), TOKENIZER(["a red boat"]))
+
+
 # --- refusals
 
 def overwrite(path, **changes):
@@ -461,6 +477,7 @@ BAD = {
     "scaling factor 0": overwrite("vae/config.json", scaling_factor=0),
     "scaling factor NaN": text("vae/config.json", json.dumps({**vae_to_diffusers(VAE), "scaling_factor": float("nan")})),
     "other activation": overwrite("text_encoder/config.json", hidden_act="relu"),
+    "fewer blocks than levels": overwrite("unet/config.json", down_block_types=["CrossAttnDownBlock2D"]),
     "vocabulary size as text": overwrite("text_encoder/config.json", vocab_size="many"),
     "other eps": overwrite("text_encoder/config.json", layer_norm_eps=1e-3),
     "other model": overwrite("text_encoder/config.json", model_type="t5"),
@@ -619,7 +636,11 @@ UNWANTED = ["v1-5-pruned.ckpt", "v1-5-pruned.safetensors", "unet/diffusion_pytor
 WHOLE = [name for name in FILES if name.endswith(".safetensors")]
 
 
-@pytest.mark.parametrize("weights, taken", [(WHOLE, WHOLE), (WHOLE + HALVES, WHOLE), (HALVES, HALVES)], ids=["fp32", "both", "fp16"])
+MIXED = [*HALVES[:-1], WHOLE[-1]]  # one part was exchanged
+
+
+@pytest.mark.parametrize("weights, taken", [(WHOLE, WHOLE), (WHOLE + HALVES, WHOLE), (HALVES, HALVES), (MIXED, MIXED), (MIXED + WHOLE[:-1], WHOLE)],
+                         ids=["fp32", "both", "fp16", "mixed", "mixed, and both"])
 def test_fetch_asks_for_what_we_read_and_nothing_else(weights, taken, hub):
     repository, asked = hub
     repository += [*SHARED, *weights, *UNWANTED]

@@ -327,6 +327,13 @@ def test_attention_against_the_formula(rng):
     with pytest.raises(ValueError, match="10 cannot be split into 3 heads"): Attention(10, 3)
 
 
+@pytest.mark.parametrize("contexts", (1, 6))
+def test_contexts_that_do_not_fit_the_samples_are_refused(rng, contexts):
+    block = randomize(SpatialTransformer(8, 2, 6, norm_num_groups=4), rng)
+    with pytest.raises(ValueError, match=f"4 samples need as many contexts, or a multiple; got {contexts}"):
+        block(randn(rng, 4, 8, 2, 2), randn(rng, contexts, 3, 6))
+
+
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_attention_in_bfloat16_where_it_learns(rng, is_causal):
     "What is written out gives the kernel's results and gradients, but for the last of eight bits."
@@ -361,7 +368,7 @@ def test_text_encoder_reads_from_left_to_right(rng):
 @pytest.fixture
 def clip():
     return CLIP(TEXTS["laptop"], CLIPVisionConfig(image_size=16, patch_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-                                                  num_attention_heads=2, projection_dim=8))
+                                                  num_attention_heads=2))
 
 
 def test_contrastive_loss_of_distinct_captions_is_clips(rng):

@@ -290,7 +290,7 @@ def test_what_a_file_does_not_say_means_what_diffusers_means(name):
     (dict(name="ddpm", timestep_spacing="even"), "timestep_spacing"),
     (dict(name="ddpm", rescale_betas_zero_snr=True), "rescale_betas_zero_snr"),
     (dict(name="ddpm", eta=1.5), "eta"), (dict(name="ddpm", beta_end=1.5), "betas"),
-    (dict(name="ddpm", num_train_timesteps=0), "num_train_timesteps"),
+    (dict(name="ddpm", num_train_timesteps=0), "num_train_timesteps"), (dict(name="ddpm", steps_offset=-5), "steps_offset"),
     (dict(name="flow", solver="rk4"), "solver"), (dict(name="flow", shift=0), "shift"),
     (dict(name="flow", weighting_scheme="cosmap"), "weighting_scheme")], ids=str)
 def test_refusals(config, word):
@@ -318,6 +318,14 @@ def test_refuses_a_timestep_outside_the_chain():
     scheduler = DDPMScheduler()
     scheduler.set_timesteps(10)
     with pytest.raises(ValueError, match="500"): scheduler.step(torch.zeros(1, 2), 500, torch.zeros(1, 2))
+
+
+def test_ddpm_knows_no_time_beyond_its_last():
+    "A time in [0, 1000], as flow matching has them, is not the clean end of the table."
+    scheduler = DDPMScheduler()
+    last, beyond = (scheduler.alpha_sigma(torch.tensor(t)) for t in ((999.0, 999.0), (999.6, 1000.0)))
+    for a, b in zip(last, beyond): assert torch.equal(a, b)
+    assert [c.item() for c in scheduler.alpha_sigma(torch.tensor([-1.0]))] == [1, 0]
 
 
 # ---- pitfalls --------------------------------------------------------------------------------------------------------

@@ -804,7 +804,7 @@ def main():
     try:
         from voila.app import Voila
     except ModuleNotFoundError:
-        raise ValueError("tinydiff-app needs voila: pip install 'tinydiff[app]'") from None
+        raise ValueError("tinydiff-app needs another package: pip install voila") from None
     with tempfile.TemporaryDirectory() as folder:
         notebook = Path(folder) / "tinydiff.ipynb"
         write_notebook(notebook, checkpoints)

@@ -151,7 +151,10 @@ def make_config(cls: type, values: dict, folder: Path):
         if not is_valid(value, kind, 32 if "layers" in name else 100_000):
             raise ValueError(f"{folder} is for another architecture: {name} is {value!r:.60}, which we cannot build")
         chosen[name] = tuple(value) if isinstance(value, list) else value
-    return cls(**chosen)
+    try:
+        return cls(**chosen)
+    except ValueError as error:
+        raise ValueError(f"{folder} is for another architecture: {error}") from None
 
 # %% ../nbs/15_stable_diffusion.ipynb #87191e71
 def unet_to_diffusers(config: UNetConfig) -> dict:
@@ -198,9 +201,8 @@ def text_to_transformers(config: CLIPTextConfig) -> dict:
 def text_from_transformers(config: dict, folder: Path = Path("text_encoder")) -> CLIPTextConfig:
     "Our config from transformers' config.json. The end token is the vocabulary's last: what CLIP's own file says there (2) is wrong."
     size = config.get("vocab_size")
-    ours = make_config(CLIPTextConfig, config | {"eos_token_id": size - 1 if is_valid(size, int) else None}, folder)
-    if ours.hidden_act not in ACTIVATIONS:
-        raise ValueError(f"{folder} is for another architecture: hidden_act is {ours.hidden_act!r:.60}, supported: {', '.join(ACTIVATIONS)}")
+    usual = {"projection_dim": config.get("hidden_size"), "hidden_act": "quick_gelu"}  # old files do not say; the encoder alone has no projection
+    ours = make_config(CLIPTextConfig, usual | config | {"eos_token_id": size - 1 if is_valid(size, int) else None}, folder)
     check_config({key: config[key] for key in REQUIRED["CLIPTextModel"] if key in config}, REQUIRED["CLIPTextModel"], folder)
     return ours
 
@@ -301,11 +303,12 @@ def read_byte_pairs(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]
 def load_tokenizer(folder: str | Path) -> CLIPTokenizer:
     "A tokenizer from our folder or transformers'; CLIP's 77 tokens where tokenizer_config.json does not say how many."
     folder = Path(folder)
-    length = read_json(folder / "tokenizer_config.json").get("model_max_length", 77)
+    config, special = read_json(folder / "tokenizer_config.json"), folder / "special_tokens_map.json"
+    length, pad = config.get("model_max_length", 77), (config | (read_json(special) if special.is_file() else {})).get("pad_token") or END
     if not is_valid(length, int) or length < 3:
         raise ValueError(f"{folder}: model_max_length is {length!r:.60}, not a usual number of tokens")
     try:
-        return CLIPTokenizer(*read_byte_pairs(folder), length)
+        return CLIPTokenizer(*read_byte_pairs(folder), length, pad["content"] if isinstance(pad, dict) else pad)
     except FileNotFoundError:
         raise
     except Exception as error:  # what the tokenizers package raises has no closer class
@@ -342,18 +345,19 @@ def fetch(
     hub_id: str,  # "organization/name"
     revision: str | None = None,  # a branch, a tag, or best a commit; None: the newest
 ) -> Path:  # a folder that `load_unet` and the others open
-    "Download a pipeline, or a part alone, from the hub, once: configurations and safetensors; float16 only where there is no float32."
+    "Download a pipeline, or a part alone, from the hub, once: configurations and safetensors; float16 only for parts that have no float32."
     from huggingface_hub import snapshot_download
 
     parts = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
     alone = ("model_index.json", "config.json", "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json")
     try:
-        for variant in ("", ".fp16"):
-            weights = [f"{name}{variant}.safetensors" for name in WEIGHTS]
-            wanted = [*alone, *weights, *(f"{part}/{file}" for part in parts for file in ("*.json", "*.txt", *weights))]
-            folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=wanted))
-            if any(found for file in weights for found in (*folder.glob(file), *folder.glob(f"*/{file}"))):
-                break
+        download = lambda wanted: Path(snapshot_download(hub_id, revision=revision, allow_patterns=wanted))
+        weights = [f"{name}.safetensors" for name in WEIGHTS]
+        folder = download([*alone, *weights, *(f"{part}/{file}" for part in parts for file in ("*.json", "*.txt", *weights))])
+        places = [config.parent for config in (folder / "config.json", *(folder / part / "config.json" for part in parts)) if config.is_file()]
+        lacking = [place.relative_to(folder) for place in places if not any((place / file).is_file() for file in weights)]
+        if lacking:
+            folder = download([(place / f"{name}.fp16.safetensors").as_posix() for place in lacking for name in WEIGHTS])
         return folder
     except Exception as error:  # no network, no such model, not public: the hub's many errors
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]

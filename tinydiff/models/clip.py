@@ -52,30 +52,32 @@ def train_merges(captions: Iterable[str], vocab_size: int) -> tuple[dict[str, in
 
 # %% ../../nbs/09_clip.ipynb #92d29eab
 class CLIPTokenizer:
-    "Captions to fixed-length token ids, as CLIP's: start, the words' byte pairs, end, and end again as padding."
+    "Captions to fixed-length token ids, as CLIP's: start, the words' byte pairs, end, and padding (CLIP's is the end again; OpenCLIP's, and so Stable Diffusion 2's, is `!`)."
 
-    def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], max_length: int = 77):
-        self.vocab, self.merges, self.max_length = vocab, merges, max_length
+    def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], max_length: int = 77, pad: str = END):
+        self.vocab, self.merges, self.max_length, self.pad = vocab, merges, max_length, pad
         self.tokenizer = byte_pair_tokenizer(vocab, merges)
         self.tokenizer.add_special_tokens([START, END])
-        self.start_id, self.end_id = vocab[START], vocab[END]
+        self.start_id, self.end_id, self.pad_id = vocab[START], vocab[END], vocab[pad]
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int = 1024, max_length: int = 32) -> "CLIPTokenizer":
         "Learn the merges from captions; any text can be encoded afterwards, byte by byte if need be."
         return cls(*train_merges(captions, vocab_size), max_length)
 
-    def __call__(self, captions: list[str]) -> Tensor:  # -> (batch, max_length), int64
+    def __call__(self, captions: str | list[str]) -> Tensor:  # -> (batch, max_length), int64
+        captions = [captions] if isinstance(captions, str) else captions
         captions = [c.encode("utf-8", "replace").decode() for c in captions]  # half of a surrogate pair is no text
-        ids = torch.full((len(captions), self.max_length), self.end_id)
+        ids = torch.full((len(captions), self.max_length), self.pad_id)
         ids[:, 0] = self.start_id
         for row, encoding in zip(ids, self.tokenizer.encode_batch(captions, add_special_tokens=False)):
-            words = encoding.ids[: self.max_length - 2]
-            row[1 : 1 + len(words)] = torch.tensor(words, dtype=torch.long)
+            words = [*encoding.ids[: self.max_length - 2], self.end_id]
+            row[1 : 1 + len(words)] = torch.tensor(words)
         return ids
 
-    def decode(self, ids: Tensor) -> str:  # (length,), without start and end
-        return self.tokenizer.decode([i for i in ids.tolist() if i not in (self.start_id, self.end_id)]).strip()
+    def decode(self, ids: Tensor) -> str:  # (length,): what stands before the end
+        words = [i for i in ids.tolist() if i != self.start_id]
+        return self.tokenizer.decode(words[: words.index(self.end_id)] if self.end_id in words else words).strip()
 
     def save(self, folder: str | Path):
         "vocab.json, merges.txt and tokenizer_config.json, as transformers' CLIPTokenizer reads them."
@@ -85,18 +87,9 @@ class CLIPTokenizer:
             (folder / name).unlink(missing_ok=True)
         (folder / "vocab.json").write_text(json.dumps(self.vocab, ensure_ascii=False), encoding="utf-8")
         (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in self.merges), encoding="utf-8")
-        special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
+        special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": self.pad}
         config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": self.max_length, **special}
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
-
-    @classmethod
-    def load(cls, folder: str | Path) -> "CLIPTokenizer":
-        folder = Path(folder)
-        vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-        merges = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
-        config = json.loads((folder / "tokenizer_config.json").read_text())
-        return cls(vocab, merges, config["model_max_length"])
 
 # %% ../../nbs/09_clip.ipynb #76cfa488
 @dataclass(frozen=True)
@@ -110,7 +103,10 @@ class CLIPTextConfig:
     max_position_embeddings: int = 32
     eos_token_id: int = 1023
     projection_dim: int = 128
-    hidden_act: str = "quick_gelu"
+    hidden_act: str = "quick_gelu"  # or "gelu"
+
+    def __post_init__(self):
+        if self.hidden_act not in ACTIVATIONS: raise ValueError(f"hidden_act is {self.hidden_act!r:.60}, supported: {', '.join(ACTIVATIONS)}")
 
 # %% ../../nbs/09_clip.ipynb #127593bc
 def quick_gelu(x: Tensor) -> Tensor:
@@ -182,7 +178,6 @@ class CLIPVisionConfig:
     intermediate_size: int = 512
     num_hidden_layers: int = 3
     num_attention_heads: int = 4
-    projection_dim: int = 128
 
 # %% ../../nbs/09_clip.ipynb #97b28d29
 class ImageEncoder(nn.Module):

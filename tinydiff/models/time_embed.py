@@ -51,7 +51,7 @@ def show_embedding(
 
 # %% ../../nbs/06_time_embed.ipynb #9d5c4a90
 class TimestepEmbedding(nn.Module):
-    """The sinusoidal embedding of a timestep, passed through a two-layer perceptron (Ho et al. 2020, appendix B).
+    """The sinusoidal embedding of a timestep, passed through a two-layer perceptron (as in the code of Ho et al. 2020).
 
     Timesteps of any dtype, in [0, 1000]; the result has the dtype of the weights.
     """

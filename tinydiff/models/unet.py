@@ -24,7 +24,7 @@ class UNetConfig:
     "Sizes of a `UNet`; Stable Diffusion 1.5's are in `stable_diffusion`."
     in_channels: int = 4
     out_channels: int = 4
-    sample_size: int = 16  # side of the latents it was trained on, for information
+    sample_size: int = 16  # side of the latents it was trained on, and of those it draws where nobody asks for a size
     block_out_channels: tuple[int, ...] = (64, 128, 192)  # one level each; every level but the last halves the size
     cross_attention: tuple[bool, ...] = (False, True, True)  # which levels read the text
     layers_per_block: int = 1  # resnets a level on the way down; one more on the way up

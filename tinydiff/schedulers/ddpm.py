@@ -69,7 +69,7 @@ DIFFUSERS_ONLY = dict(trained_betas=None, thresholding=False, clip_sample_range=
 
 # %% ../../nbs/04_ddpm.ipynb #1b6d693e
 def from_diffusers(config: dict) -> dict:
-    "A diffusers scheduler_config.json in our words; what we cannot do as asked is an error."
+    "A diffusers scheduler_config.json in our words; PNDM is read as DDIM, and what we cannot do as asked is an error."
     check_option("_class_name", config["_class_name"], DIFFUSERS_CLASSES)
     ours = DIFFUSERS_CLASSES[config["_class_name"]] | {k: v for k, v in config.items() if not k.startswith("_")}
     for key, only in DIFFUSERS_ONLY.items():
@@ -91,7 +91,7 @@ def to_diffusers(config: dict) -> dict:
 # %% ../../nbs/04_ddpm.ipynb #481ad6d8
 @dataclass
 class DDPMConfig(Configurable):
-    "What a DDPM scheduler is made of; every value is checked here."
+    "What a DDPM scheduler is made of; the values are checked here, betas where they are made."
     num_train_timesteps: int = 1000       # T
     beta_start: float = 0.00085           # as if T were 1000, as is beta_end
     beta_end: float = 0.012
@@ -112,6 +112,7 @@ class DDPMConfig(Configurable):
         if not 0 <= self.eta <= 1: raise ValueError(f"eta must be between 0 and 1; got {self.eta}")
         if self.num_train_timesteps < 1:
             raise ValueError(f"num_train_timesteps must be at least 1; got {self.num_train_timesteps}")
+        if self.steps_offset < 0: raise ValueError(f"steps_offset must be at least 0; got {self.steps_offset}")
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
             raise ValueError("rescale_betas_zero_snr needs prediction_type v_prediction or x0: in pure noise, epsilon tells nothing")
 
@@ -138,14 +139,14 @@ class DDPMPath(DDPMConfig, Scheduler):
         self.timesteps = spaced_timesteps("trailing", self.num_train_timesteps, self.num_train_timesteps)
 
     def alpha_sigma(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        "alpha and sigma of the nearest whole timesteps; -1 is the clean end."
+        "alpha and sigma of the nearest of the T timesteps; -1 is the clean end."
         dtype = torch.float64 if timesteps.dtype == torch.float64 else torch.float32
         key = timesteps.device, dtype
         if key not in self._tables:  # entry -1, the last, is the clean end
             end = self.alphas_cumprod.new_ones(1) if self.set_alpha_to_one else self.alphas_cumprod[:1]
             alpha_bar = torch.cat([self.alphas_cumprod, end])
             self._tables[key] = [c.sqrt().to(dtype).to(timesteps.device) for c in (alpha_bar, 1 - alpha_bar)]
-        index = timesteps.round().long()
+        index = timesteps.round().long().clamp(-1, self.num_train_timesteps - 1)  # 1000 is no timestep: the nearest is 999
         return tuple(table[index] for table in self._tables[key])
 
     def set_timesteps(self, num_inference_steps: int, device=None) -> None:
