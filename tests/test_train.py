@@ -178,6 +178,52 @@ def test_a_run_keeps_its_vae_and_tokenizer(base, tmp_path, monkeypatch, capsys):
     assert same_parts(run, base, ("vae",)) and not same_parts(run, other, ("vae",)) and (run / "run.json").read_bytes() == before
 
 
+def test_stage_diffusion_begun_anew(base, tmp_path):
+    "By itself, in its own folder, with the text encoder as stage clip left it, not as the first UNet did."
+    run = tmp_path / "run"
+    shutil.copytree(base, run)
+    shutil.rmtree(run / "checkpoints/diffusion")
+    assert same_parts(base, train(read_config(["--resume", "--stage", "diffusion", "--out", str(run)])))
+
+
+def test_parts_that_count_at_the_start_alone(base, tmp_path, monkeypatch, capsys):
+    "A resumed run that is given another UNet says that it goes on with its own."
+    run, twin = (train(on(base, out=str(tmp_path / name))) for name in ("run", "twin"))
+    args = ("--resume", "--steps", "3", "--out")
+    status, _, said = run_command(monkeypatch, capsys, tinydiff.train.main, *args, run, "--unet", base)
+    assert status == 0 and "note: stage diffusion goes on with the weights of its checkpoint" in said
+    status, _, said = run_command(monkeypatch, capsys, tinydiff.train.main, *args, twin)
+    assert status == 0 and "note:" not in said and same_parts(run, twin)
+
+
+@pytest.mark.parametrize("other, agree", [(7, True), (5, False), (9, False)])
+def test_processes_go_on_from_the_same_step(other, agree, tmp_path, monkeypatch):
+    def with_another(ends, op): ends.copy_(torch.maximum(ends, torch.tensor([other, -other])))
+    monkeypatch.setattr(torch.distributed, "all_reduce", with_another)
+    run = Run(TrainConfig(), tmp_path, torch.device("cpu"), False, rank=1, world=2)
+    if agree: assert run.same_step(7) == 7
+    else:
+        with pytest.raises(ValueError, match="process 1 would go on from step 7 and another one not"): run.same_step(7)
+
+
+@pytest.mark.parametrize("subset_size, note", [(2, "the first 2 of 4 pictures are used"), (0, ""), (4, "")])
+def test_pictures_that_are_left_out_are_mentioned(subset_size, note, tmp_path, capsys):
+    for i in range(4):
+        Image.new("RGB", (16, 16)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text("a red boat")
+    open_dataset(TrainConfig(dataset=str(tmp_path), image_size=16, subset_size=subset_size))
+    said = capsys.readouterr().err
+    assert note in said and bool(said) == bool(note)
+
+
+def test_out_of_memory_while_a_checkpoint_is_loaded(base, tmp_path, monkeypatch):
+    "The optimizer's moments come last: too little memory is no wrong checkpoint."
+    run = train(on(base, out=str(tmp_path / "run")))
+    def full(*args): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    monkeypatch.setattr(tinydiff.train, "load_optimizer_tensors", full)
+    with pytest.raises(ValueError, match="needs more memory"): train(read_config(["--resume", "--steps", "3", "--out", str(run)]))
+
+
 def test_the_tokenizer_stays(base, tmp_path):
     "Whatever pictures a run goes on with: the text encoder's weights belong to the merges that they began with."
     run = tmp_path / "run"

@@ -9,16 +9,16 @@ __all__ = ['RANGES', 'PRESETS', 'ARCHITECTURES', 'CHECKPOINT', 'PACKAGES', 'seed
            'check_values', 'TrainConfig', 'config_from_dict', 'Architecture', 'sized', 'sync', 'write_atomically',
            'write_text', 'optimizer_tensors', 'load_optimizer_tensors', 'checkpoints_in', 'checksums',
            'save_checkpoint', 'read_checkpoint', 'load_checkpoint', 'read_metrics', 'forget_after', 'smooth',
-           'plot_metrics', 'Run', 'leave', 'Log', 'EveryCaption', 'collate', 'ignore_signals', 'no_worker_left',
-           'reading_processes', 'PixelStage', 'VAEStage', 'scaling_factor', 'captions_of', 'CLIPStage', 'Parts',
-           'load_parts', 'make_unet', 'needed_items', 'encode_dataset', 'data_fingerprint', 'parts_fingerprint',
-           'fingerprint', 'check_same_parts', 'remember_parts', 'read_cache', 'write_cache', 'joined', 'cached_latents',
-           'EncodedData', 'draw_by_time', 'Sketch', 'sketch_loss', 'Denoiser', 'make_denoiser', 'OneAhead',
-           'DiffusionStage', 'stop_signals', 'blame', 'Guard', 'backward', 'ToBFloat16', 'InBFloat16', 'recorded',
-           'parallel', 'Progress', 'finish', 'fit', 'has_bf16', 'join_processes', 'keep_freed_memory', 'check_shares',
-           'check_image_size', 'check_out', 'processor_name', 'git_commit', 'describe_run', 'with_earlier', 'open_run',
-           'with_folder', 'with_own_parts', 'open_dataset', 'explained', 'train', 'stored_config', 'read_config',
-           'main']
+           'plot_metrics', 'Gather', 'Run', 'leave', 'Log', 'EveryCaption', 'collate', 'ignore_signals',
+           'no_worker_left', 'reading_processes', 'PixelStage', 'VAEStage', 'scaling_factor', 'captions_of',
+           'CLIPStage', 'Parts', 'load_parts', 'make_unet', 'needed_items', 'encode_dataset', 'data_fingerprint',
+           'parts_fingerprint', 'fingerprint', 'check_same_parts', 'remember_parts', 'read_cache', 'write_cache',
+           'joined', 'cached_latents', 'EncodedData', 'draw_by_time', 'Sketch', 'sketch_loss', 'Denoiser',
+           'make_denoiser', 'OneAhead', 'DiffusionStage', 'stop_signals', 'blame', 'Guard', 'backward', 'ToBFloat16',
+           'InBFloat16', 'recorded', 'parallel', 'Progress', 'finish', 'fit', 'has_bf16', 'join_processes',
+           'keep_freed_memory', 'check_shares', 'check_image_size', 'check_out', 'note_ignored_parts', 'processor_name',
+           'git_commit', 'describe_run', 'with_earlier', 'open_run', 'with_folder', 'with_own_parts', 'open_dataset',
+           'explained', 'train', 'stored_config', 'read_config', 'main']
 
 # %% ../nbs/11_train.ipynb #b8522702
 import argparse
@@ -70,7 +70,7 @@ from .muon import Muon
 from .sample import PARTS, TextToImage, choose_device, contact_sheet, model_index, one_line_errors, out_of_memory, part_folder, read_flags, write_image
 from .schedulers.flow_matching import make_scheduler
 from tinydiff.stable_diffusion import (
-    check_parts, load_text_encoder, load_tokenizer, load_unet, load_vae, read_json, save_component, write_json,
+    check_parts, load_clip, load_text_encoder, load_tokenizer, load_unet, load_vae, read_json, save_component, write_json,
 )
 
 # %% ../nbs/11_train.ipynb #a7ec46a0
@@ -112,7 +112,8 @@ class StepSampler(Sampler):
 
 # %% ../nbs/11_train.ipynb #adb6fffb
 def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
-    "Rises linearly for `warmup` steps, then falls to zero as half a cosine (Loshchilov and Hutter 2017)."
+    "Rises linearly for `warmup` steps, at most half of all, then falls to zero as half a cosine (Loshchilov and Hutter 2017)."
+    warmup = min(warmup, steps // 2)
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
@@ -345,9 +346,13 @@ def write_atomically(folder: Path, write):
     write(temporary)
     for path in (*temporary.rglob("*"), temporary):
         sync(path)
-    shutil.rmtree(folder, ignore_errors=True)
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)  # deleting takes many steps, and leaves half a folder where it is cut short
     temporary.rename(folder)
     sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 # %% ../nbs/11_train.ipynb #71f0a772
 def write_text(path: Path, text: str):
@@ -405,7 +410,7 @@ def save_checkpoint(folder: Path, step: int, model: nn.Module, ema: EMA, optimiz
         kept = ", ".join(path.name for path in checkpoints_in(folder)) or "none yet"
         raise OSError(f"the checkpoint of step {step} could not be written ({error}); whole ones in {folder}: {kept}. "
                       "Make room, then go on with --resume") from None
-    for old in [*folder.glob(".*.tmp"), *[path for path in checkpoints_in(folder) if int(path.name) <= step][:-keep]]:
+    for old in [*folder.glob(".*.tmp"), *folder.glob(".*.old"), *[path for path in checkpoints_in(folder) if int(path.name) <= step][:-keep]]:
         shutil.rmtree(old)
 
 # %% ../nbs/11_train.ipynb #e2738ba0
@@ -428,7 +433,9 @@ def load_checkpoint(folder: Path, model: nn.Module, ema: EMA, optimizer: torch.o
             model.load_state_dict(tensors["model"])
             ema.model.load_state_dict(tensors["ema"])
             load_optimizer_tensors(optimizer, tensors["optimizer"])
-        except (RuntimeError, LookupError):
+        except (RuntimeError, LookupError) as error:
+            if out_of_memory(error):
+                raise
             raise ValueError(f"checkpoint {path} is for other networks, or another optimizer, than this run's") from None
         return int(path.name)
     if checkpoints_in(folder):
@@ -482,6 +489,22 @@ def plot_metrics(folder: str | Path, memory: float = 0.9):
     plt.close(fig)
     return fig
 
+# %% ../nbs/11_train.ipynb #65955532
+class Gather(torch.autograd.Function):
+    "The rows of all processes, in their order; each process gets the gradient of its own rows, summed over all."
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, rank: int, world: int) -> Tensor:
+        ctx.mine = slice(rank * len(rows), (rank + 1) * len(rows))
+        parts = [torch.empty_like(rows) for _ in range(world)]
+        torch.distributed.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        torch.distributed.all_reduce(total := gradient.clone(memory_format=torch.contiguous_format))
+        return total[ctx.mine], None, None
+
 # %% ../nbs/11_train.ipynb #5422c484
 @dataclass
 class Run:
@@ -507,7 +530,7 @@ class Run:
 
     def send(self, tensor: Tensor) -> Tensor:
         "To the device; to a GPU from pinned memory, so that nobody waits for the copy."
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor.to(self.device)
+        return tensor.contiguous().pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor.to(self.device)
 
     def mean(self, value: Tensor) -> Tensor:
         "The mean of a number over all processes."
@@ -517,13 +540,21 @@ class Run:
 
     def gather(self, rows: Tensor) -> Tensor:
         "The rows of all processes; gradients find their way back."
-        return rows if self.world == 1 else torch.cat(torch.distributed.nn.functional.all_gather(rows))
+        return rows if self.world == 1 else Gather.apply(rows, self.rank, self.world)
 
     def any_process(self, yes: bool) -> bool:
         "Whether any of the processes says yes; then all hear it. They talk by way of the CPU, so no GPU has to wait."
         if self.world > 1:
             torch.distributed.all_reduce(said := torch.tensor(int(yes)))
         return yes if self.world == 1 else said.item() > 0
+
+    def same_step(self, step: int) -> int:
+        "The step; ValueError where processes would go on from different ones, as where a disk that they share has not caught up."
+        if self.world > 1:
+            torch.distributed.all_reduce(ends := torch.tensor([step, -step]), torch.distributed.ReduceOp.MAX)
+            if ends.sum():
+                raise ValueError(f"process {self.rank} would go on from step {step} and another one not: all must see the same checkpoints in {self.folder}")
+        return step
 
 # %% ../nbs/11_train.ipynb #1eb422ca
 def leave(run: Run, where: str):
@@ -638,7 +669,7 @@ class PixelStage:
 # %% ../nbs/11_train.ipynb #45e47521
 class VAEStage(PixelStage):
     "Stage 1: pictures to latents and back, at times at half size. L1 + squared error + a little KL (Rombach et al. 2022, appendix G)."
-    name, output = "vae", "vae"
+    name = "vae"
 
     def __init__(self, run: Run, dataset: Dataset, arch: Architecture):
         c = run.config
@@ -686,7 +717,7 @@ def captions_of(dataset: Dataset, indices: list[int]) -> list[str]:
 # %% ../nbs/11_train.ipynb #37266b54
 class CLIPStage(PixelStage):
     "Stage 2: captions and pictures that belong together end up close (Radford et al. 2021)."
-    name, output, parts = "clip", "clip", 1
+    name, parts = "clip", 1
 
     def __init__(self, run: Run, dataset: Dataset, arch: Architecture):
         c = run.config
@@ -976,7 +1007,7 @@ class OneAhead:
 # %% ../nbs/11_train.ipynb #4c72eab6
 class DiffusionStage:
     "Stage 3: noisy latents, a timestep and a caption; the UNet answers with the scheduler's target."
-    name, output = "diffusion", "unet"
+    name = "diffusion"
 
     def __init__(self, run: Run, dataset: Dataset, arch: Architecture, parts: Parts):
         c = run.config
@@ -1190,7 +1221,7 @@ def fit(stage, run: Run):
     c, model = run.config, stage.model.to(run.device, memory_format=torch.channels_last).train()
     optimizer = make_optimizer(c.optimizer, model, stage.lr, c.wd)
     ema, checkpoints = EMA(model, c.ema_decay), run.folder / "checkpoints" / stage.name
-    first = load_checkpoint(checkpoints, model, ema, optimizer)
+    first = run.same_step(load_checkpoint(checkpoints, model, ema, optimizer))
     if run.rank == 0:
         forget_after(run.folder, stage.name, first)
     forward, progress = parallel(stage, model, run), Progress(stage, run, first)
@@ -1296,6 +1327,14 @@ def check_out(config: TrainConfig):
         except ImportError:
             raise ValueError("--tensorboard needs another package: pip install tensorboard") from None
 
+
+def note_ignored_parts(config: TrainConfig):
+    "Say so where a resumed run names another text encoder or UNet: it goes on with the weights of its checkpoint."
+    if config.resume and checkpoints_in(Path(config.out) / "checkpoints" / "diffusion") and int(os.environ.get("RANK", 0)) == 0:
+        before = stored_config(config.out)
+        if (before.text_encoder, before.unet) != (config.text_encoder, config.unet):
+            print("note: stage diffusion goes on with the weights of its checkpoint: --text_encoder and --unet count at its start alone", file=sys.stderr)
+
 # %% ../nbs/11_train.ipynb #d1b41a8a
 def processor_name() -> str:
     "What the processor calls itself."
@@ -1379,6 +1418,9 @@ def open_dataset(config: TrainConfig) -> Dataset:
     dataset = load_captioned_images(config.dataset, config.split, image_size=config.image_size, cache_dir=config.cache_dir, seed=config.seed,
                                     subset_size=config.subset_size or None, image_column=config.image_column, caption_column=config.caption_column)
     dataset[0]
+    used, there = len(dataset.rows), len(getattr(dataset.rows, "dataset", dataset.rows))
+    if used < there and config.dataset != "scenes" and int(os.environ.get("RANK", 0)) == 0:
+        print(f"note: the first {used:,} of {there:,} pictures are used; --subset_size 0 takes all", file=sys.stderr)
     return dataset
 
 # %% ../nbs/11_train.ipynb #3f97006a
@@ -1425,9 +1467,12 @@ def train(config: TrainConfig) -> Path:
     dataset, arch = open_dataset(config), sized(ARCHITECTURES[config.arch], config.image_size)
     named = with_own_parts(config)
     parts = load_parts(named.vae, named.text_encoder, named.unet) if config.stage == "diffusion" else None
+    if parts and named.text_encoder == config.out != config.text_encoder and not checkpoints_in(Path(config.out) / "checkpoints" / "diffusion"):
+        parts.text_encoder = load_clip(Path(config.out) / "clip").text_encoder.requires_grad_(False)  # not as a stage diffusion that is begun anew had left it
     check_image_size(config, arch, parts)
     if parts:
         check_same_parts(Path(config.out), parts)
+        note_ignored_parts(config)
     run = open_run(config, device, rank, world, dataset)  # nothing was written so far
     make = {"vae": lambda: VAEStage(run, dataset, arch), "clip": lambda: CLIPStage(run, dataset, arch),
             "diffusion": lambda: DiffusionStage(run, dataset, arch, parts or load_parts(run.folder, run.folder))}
@@ -1439,6 +1484,7 @@ def train(config: TrainConfig) -> Path:
                 fit(stage, run)
             finally:
                 stage.loaded = None  # its workers do not listen to signals
+                vars(stage).pop("batch", None)  # a thread, which holds the stage
     if world > 1:
         torch.distributed.destroy_process_group()
     return run.folder
