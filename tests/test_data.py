@@ -123,11 +123,26 @@ def test_columns_can_be_overridden(tmp_path, monkeypatch, rng):
 
 
 @pytest.mark.parametrize("column, complaint", [("id", "column 'id' holds no pictures; choose one with image_column"), ("url", "column 'url' holds addresses: download")])
-def test_a_column_without_pictures(tmp_path, rng, column, complaint):
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_column_without_pictures(tmp_path, rng, column, complaint, streaming):
     rows = [{"image": noise(rng), "id": i, "url": f"https://example.org/{i}.jpg", "text": "a"} for i in range(2)]
     with pytest.raises(ValueError, match=complaint) as e:
-        load_captioned_images(write_repo(tmp_path / "repo", rows, "train"), image_column=column, cache_dir=str(tmp_path / "cache"))
+        load_captioned_images(write_repo(tmp_path / "repo", rows, "train"), image_column=column, streaming=streaming, cache_dir=str(tmp_path / "cache"))
     assert "\n" not in str(e.value)
+
+
+def test_a_column_without_text(tmp_path, rng):
+    rows = [{"image": noise(rng), "label": i, "text": "a", "title": "b"} for i in range(2)]
+    repo = write_repo(tmp_path / "repo", rows, "train")
+    with pytest.raises(ValueError, match="column 'label' holds no text; choose one with caption_column"): load_captioned_images(repo, caption_column="label", cache_dir=str(tmp_path / "cache"))
+    assert load_captioned_images(repo, caption_column="text, title", cache_dir=str(tmp_path / "cache")).read(0)[1] == ["a", "b"]
+
+
+def test_a_data_set_that_one_must_ask_for(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    def fail(*args, **kwargs): raise datasets.exceptions.DatasetNotFoundError("Dataset 'a/b' is a gated dataset on the Hub.\nVisit its page to ask for access.")
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(FileNotFoundError, match="^a/b: Dataset 'a/b' is a gated dataset on the Hub. Visit its page to ask for access.$"): load_captioned_images("a/b")
 
 
 @pytest.mark.filterwarnings("ignore:item", "ignore:2 of")
@@ -163,6 +178,8 @@ def test_no_network(monkeypatch):
     ({"name": "emoji", "split": "test"}, "allowed: train, validation"),
     ({"image_size": 0}, "image_size is 0; it must be positive"),
     ({"subset_size": 0}, "subset_size is 0; it must be at least 1"),
+    ({"image_size": 8}, "image_size 8 is too small for scenes; 16 or more"),
+    ({"streaming": True, "shuffle_buffer": -3}, "shuffle_buffer is -3; it must be at least 0"),
     ({"caption_column": "text"}, "scenes has no columns"),
 ])
 def test_mistakes(arguments, message):
@@ -221,6 +238,27 @@ def test_folder(tmp_path, rng, kind):
     for item, picture in zip(items, pictures): assert torch.equal(item["pixel_values"], image_to_tensor(picture, 20))
     assert load_captioned_images(str(tmp_path), "validation")[0]["caption"] == "picture, 3"
     with pytest.raises(ValueError, match="has no split 'test'; allowed: train, validation"): load_captioned_images(str(tmp_path), "test")
+
+
+@pytest.mark.parametrize("folder", ["val", "Validation", "data/validation", "data/VAL/more"])
+def test_no_picture_for_validation_is_trained_on(tmp_path, rng, folder):
+    for i, place in enumerate(("data/train", folder)):
+        (tmp_path / place).mkdir(parents=True)
+        noise(rng).save(tmp_path / place / "a.png"); (tmp_path / place / "a.txt").write_text(f"picture {i}")
+    for i, split in enumerate(("train", "validation")):
+        assert [item["caption"] for item in load_captioned_images(str(tmp_path), split, image_size=8)] == [f"picture {i}"]
+
+
+def test_a_folder_with_two_tables(tmp_path, rng):
+    noise(rng).save(tmp_path / "0.png")
+    (tmp_path / "metadata.csv").write_text("file_name,text\n0.png,a\n"); (tmp_path / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a"}\n')
+    with pytest.raises(ValueError, match="holds metadata.csv and metadata.jsonl: keep one of them"): load_captioned_images(str(tmp_path))
+
+
+def test_prices_in_a_caption_are_no_formula(rng):
+    figure = show_images([noise(rng)] * 2, ["for $3 {2 for $5}", "costs $5 and $6"])
+    figure.canvas.draw()
+    assert [ax.get_xlabel().strip() for ax in figure.axes] == ["for $3 {2 for $5}", "costs $5 and $6"]
 
 
 def test_a_picture_without_its_text_file_is_counted(tmp_path, rng):
@@ -501,3 +539,6 @@ def test_metadata_with_gaps(tmp_path, rng):
     items = load_captioned_images(str(tmp_path), image_size=8)
     with pytest.warns(UserWarning, match="skipped"): assert [item["caption"] for item in items] == ["zero"] * 3
     assert items.skipped.tolist() == [False, True, True]
+    (tmp_path / "metadata.csv").unlink()
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "0.png"}\n{"file_name": "1.png", "text": 7}\n')
+    with pytest.warns(UserWarning, match="skipped"): assert [item["caption"] for item in load_captioned_images(str(tmp_path), image_size=8)] == ["7"] * 2

@@ -64,7 +64,7 @@ def show_images(
         ax.imshow(image)
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_color("0.8")
-        ax.set_xlabel("\n".join(text + [""] * (max(map(len, lines)) - len(text))), fontsize=7)
+        ax.set_xlabel("\n".join(text + [""] * (max(map(len, lines)) - len(text))), fontsize=7, parse_math=False)  # two dollar signs are prices, not a formula
     plt.close(fig)                                                  # whoever called shows it, once
     return fig
 
@@ -301,7 +301,7 @@ def choose_columns(
     "The image column and the caption columns, as asked or by their usual names."
     numbered = [c for c in columns if re.fullmatch(r"(caption|text|sentence)_?\d+", c)]
     images = [image_column] if image_column else [c for c in IMAGE_COLUMNS if c in columns][:1]
-    captions = caption_column.split(",") if caption_column else [c for c in CAPTION_COLUMNS if c in columns][:1] or numbered
+    captions = [c.strip() for c in caption_column.split(",")] if caption_column else [c for c in CAPTION_COLUMNS if c in columns][:1] or numbered
     for flag, found in (("image_column", images), ("caption_column", captions)):
         if not found or not set(found) <= set(columns):
             asked = f"no {','.join(found)!r}" if found else "no usual name"
@@ -328,8 +328,10 @@ def read_metadata(path: Path, image_column: str | None, caption_column: str | No
     try: rows = list(parse_rows(path))
     except (ValueError, csv.Error) as e: raise ValueError(f"{path}: {e}") from None
     if not rows: return []
-    image, captions = choose_columns(list(rows[0]), image_column or "file_name", caption_column, str(path))
-    return [(path.parent / str(row.get(image) or "no file name"), flatten_captions([row.get(c) for c in captions])) for row in rows]
+    columns = list(dict.fromkeys(column for row in rows for column in row))  # a line of JSON may leave some out
+    image, captions = choose_columns(columns, image_column or "file_name", caption_column, str(path))
+    text = lambda value: str(value) if isinstance(value, (int, float)) else value
+    return [(path.parent / str(row.get(image) or "no file name"), flatten_captions([text(row.get(c)) for c in captions])) for row in rows]
 
 # %% ../nbs/02_data.ipynb #a2c3d1a1
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -349,20 +351,22 @@ FOLDER_SPLITS = {"train": "train", "training": "train", "validation": "validatio
 
 def folder_rows(
     folder: Path,                       # holds metadata.csv, metadata.jsonl, or pictures with .txt files beside them
-    split: str = "train",               # what lies in a subfolder of that name; "train": also what lies in none
+    split: str = "train",               # what lies in a subfolder of that name, at any depth; "train": also what lies in none
     image_column: str | None = None,    # of the metadata; None: file_name
     caption_column: str | None = None,  # of the metadata; None: guess
 ) -> list[tuple[Path, list[str]]]:
     "The picture files of a folder and their captions."
     metadata = sorted(p for p in folder.rglob("metadata.*") if p.suffix in (".csv", ".jsonl"))
+    for a, b in zip(metadata, metadata[1:]):
+        if a.parent == b.parent: raise ValueError(f"{a.parent} holds {a.name} and {b.name}: keep one of them")
     found = [row for p in metadata for row in read_metadata(p, image_column, caption_column)] or read_sidecars(folder)
     if not found:
         raise FileNotFoundError(f"{folder}: no captioned images; needed: metadata.csv or metadata.jsonl (columns file_name "
                                 "and caption), .txt files with the names of the images, or .parquet files")
     by_split = {}
     for row in found:
-        within = row[0].relative_to(folder).parts[0] if row[0].is_relative_to(folder) else ""
-        by_split.setdefault(FOLDER_SPLITS.get(within, "train"), []).append(row)
+        within = row[0].relative_to(folder).parts[:-1] if row[0].is_relative_to(folder) else ()
+        by_split.setdefault(next((FOLDER_SPLITS[name.lower()] for name in within if name.lower() in FOLDER_SPLITS), "train"), []).append(row)
     if split not in by_split: raise unknown(f"{folder} has no split", split, by_split)
     return by_split[split]
 
@@ -389,8 +393,8 @@ def open_repo(repo: str, split: str, cache_dir: str | None = None, streaming: bo
     "`datasets.load_dataset`, with errors of one line."
     datasets = import_or_say("datasets", "datasets")
     try: return datasets.load_dataset(repo, split=split, cache_dir=cache_dir, streaming=streaming)
-    except datasets.exceptions.DatasetNotFoundError:
-        raise FileNotFoundError(f"{repo}: there is no such data set on the hub, or it is private") from None
+    except datasets.exceptions.DatasetNotFoundError as e:  # there is none; or one must ask for it first
+        raise FileNotFoundError(f"{repo}: {' '.join(str(e).split())}") from None
     except ConnectionError:
         raise FileNotFoundError(f"cannot reach {repo}; offline data sets are scenes and emoji, or pass a local folder") from None
     except (datasets.exceptions.DatasetsError, ValueError, RuntimeError, OSError) as e:
@@ -434,9 +438,13 @@ def hub_rows(
     image, captions = choose_columns(columns, source.image_column, source.caption_column, source.repo)
     group_by = source.group_by if source.group_by and not streaming else None
     rows = rows.select_columns(list(dict.fromkeys([image, *captions] + ([group_by] if group_by else []))))
-    try: rows = rows.cast_column(image, importlib.import_module("datasets").Image(decode=False))
+    try:
+        rows = rows.cast_column(image, importlib.import_module("datasets").Image(decode=False))
+        first = next(iter(rows), {})  # a stream casts as it reads
     except (TypeError, ValueError, NotImplementedError): raise ValueError(f"{source.repo}: column {image!r} holds no pictures; choose one with image_column") from None
-    first = next(iter(rows), {}).get(image) or {}
+    for column in captions:
+        if not isinstance(first.get(column), (str, list, type(None))): raise ValueError(f"{source.repo}: column {column!r} holds no text; choose one with caption_column")
+    first = first.get(image) or {}
     if not first.get("bytes") and (first.get("path") or "").startswith("http"): raise ValueError(f"{source.repo}: column {image!r} holds addresses: download the pictures, and pass their folder")
     return Grouped(rows, group_by, captions) if group_by else rows, partial(read_hub_row, image_column=image, caption_columns=captions)
 
@@ -485,6 +493,7 @@ def load_captioned_images(
     """
     if image_size < 1: raise ValueError(f"image_size is {image_size}; it must be positive")
     if subset_size is not None and subset_size < 1: raise ValueError(f"subset_size is {subset_size}; it must be at least 1")
+    if shuffle_buffer < 0: raise ValueError(f"shuffle_buffer is {shuffle_buffer}; it must be at least 0")
     if not streaming and (shuffle_buffer, rank, world) != (0, 0, 1): raise ValueError("shuffle_buffer, rank and world are for streaming=True")
     if not 0 <= rank < world: raise ValueError(f"rank is {rank}; it must be in [0, {world})")
     rows, read = find_rows(name, split, image_size, cache_dir, streaming, image_column, caption_column, seed)

@@ -239,7 +239,7 @@ _PARTS = {
 _LINE = {"plain": .09, "watercolor": .08, "pixel art": .11, "crayon": .11, "comic": .17}
 
 @lru_cache(4096)
-def _sprite(kind, color, width, style, flip):
+def _sprite(kind, color, width, style):
     "An RGBA picture of one object, `width` pixels wide, drawn four times larger and reduced."
     n, line, tones = 4 * width, _LINE[style], _tones(color, style)
     im = Image.new("RGBA", (n, n)); d = ImageDraw.Draw(im)
@@ -251,7 +251,7 @@ def _sprite(kind, color, width, style, flip):
             if op in "Ee": d.ellipse((pts[0] - grow, pts[1] - grow, pts[2] + grow, pts[3] + grow), fill=fill)
             else: d.polygon(pts, fill=fill)
             if op == "P" and outline: d.line(pts + pts[:4], fill=fill, width=max(1, round(2 * grow)), joint="curve")
-    return (im.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else im).reduce(4)
+    return im.reduce(4)
 
 # %% ../nbs/01_scenes.ipynb #2c8c20b1
 def _ring(r, count, x=0, y=0, start=-90, squash=1, end=360):
@@ -326,12 +326,12 @@ def _paste_things(im, scene, rng):
     n, boxes, middles = im.width, [], _layout(scene, rng)
     for t, (x, y) in zip([t for t in scene.things for _ in range(t.count)], middles):
         width = round(SIZES[t.size or "medium"] * n)
-        key = (t.kind, t.color or "red", width, scene.style, rng.random() < .5)
-        sprite, left, top = _sprite(*key), round(x * n - width / 2), round(y * n - width / 2)
+        key, left, top = (t.kind, t.color or "red", width, scene.style), round(x * n - width / 2), round(y * n - width / 2)
+        sprite, (x0, y0, x1, y1) = _sprite(*key), _sprite_box(*key)
+        if rng.random() < .5: sprite, x0, x1 = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT), width - x1, width - x0
         if t.kind in _GROUNDED and y + width / n / 2 > .68:
             shadow = _shadow(width); im.paste((20, 20, 40), (left, top + width - round(shadow.height * .62)), shadow)
         im.paste(sprite, (left, top), sprite)
-        x0, y0, x1, y1 = _sprite_box(*key)
         boxes.append((t.kind, key[1], (left + x0) / n, (top + y0) / n, (left + x1) / n, (top + y1) / n))
     return boxes
 
@@ -445,7 +445,8 @@ def caption(scene: Scene,           # what to describe
     text = f" {rng.choice(RELATIONS[scene.relation])} ".join(said) if scene.relation else said[0]
     if place: text = f"{place}, {text}" if scene.style == "plain" and rng.random() < 0.12 else f"{text} {place}"
     wordings = STYLES[scene.style]
-    return (wordings[0] if scene.style == "plain" and rng.random() < 0.9 else rng.choice(wordings)).format(text)
+    wording = wordings[0] if scene.style == "plain" and rng.random() < 0.9 else rng.choice(wordings)
+    return ("{}" if place and text.startswith(f"{place}, ") else wording).format(text)  # not "a picture of at night, a boat"
 
 # %% ../nbs/01_scenes.ipynb #c16dcb7c
 def _one_of(words): return "|".join(sorted(map(re.escape, words), key=len, reverse=True))
@@ -533,6 +534,7 @@ class Scenes:
                  length: int | None = None,    # number of items; None: the usual number of the split
                 ):
         _check("split", split, self.splits)
+        if image_size < 16: raise ValueError(f"image_size {image_size} is too small for scenes; 16 or more")
         self.split, self.image_size, self.seed = split, image_size, seed
         self.length = self.splits[split] if length is None else length
 
