@@ -16,7 +16,7 @@ from tinydiff.playground import (
     CHECKPOINTS, AppConfig, Models, Playground, Worker, advance, between, last, last_part, new_run, pictures_html, prompt_words, repaint,
     picture_latents, same_seed, show_step, show_word, side_by_side, slerp, voila_arguments, walked_with, watch_attention, word_map, write_notebook,
 )
-from tinydiff.sample import SampleConfig, SampleState, picture_generators, read_settings, start_noise, started
+from tinydiff.sample import SampleConfig, SampleState, picture_generators, read_settings, start_noise, start_app, started
 
 
 @pytest.fixture(scope="module")
@@ -307,4 +307,12 @@ def test_app_without_voila_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "voila.app", None)
     with pytest.raises(SystemExit) as stop:
         playground.main()
-    assert stop.value.code == 2 and "pip install 'tinydiff[app]'" in capsys.readouterr().err
+    assert stop.value.code == 2 and "pip install voila" in capsys.readouterr().err
+
+
+def test_app_without_widgets_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "tinydiff.playground")
+    monkeypatch.setitem(sys.modules, "anywidget", None)
+    with pytest.raises(SystemExit) as stop:
+        start_app()
+    assert stop.value.code == 2 and capsys.readouterr().err == "error: tinydiff-app needs another package: pip install anywidget\n"

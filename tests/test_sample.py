@@ -486,6 +486,38 @@ def test_bad_flags(name, cli, folder, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("out", ["taken/a.png", "taken/", "taken/more/a.png"])
+def test_a_place_that_cannot_be_written(out, cli, folder, tmp_path, monkeypatch):
+    "Is noticed before anything is drawn."
+    (tmp_path / "taken").touch()
+    monkeypatch.setattr(TextToImage, "stream", lambda *args, **settings: pytest.fail("it draws"))
+    code, _, err = cli("--prompt", "a boat", "--checkpoint", folder, "--out", out)
+    assert code == 2 and err == f"error: --out {out} cannot be written: taken is no folder\n"
+
+
+def test_a_sheet_too_large_for_its_format(cli, folder, tmp_path, monkeypatch):
+    "WebP's sides end at 16,383 pixels: then it is a PNG, and nothing that was drawn is lost."
+    monkeypatch.setattr(tinydiff.sample, "contact_sheet", lambda images, captions: Image.new("RGB", (8, 16_384)))
+    code, out, _ = cli("--prompt", "a", "b", "--checkpoint", folder, "--steps", 1, "--out", "a.webp")
+    assert (code, out) == (0, "2 pictures -> a.png\n") and [path.name for path in tmp_path.glob("a.*")] == ["a.png"]
+
+
+def test_prompts_in_two_places(cli, folder):
+    code, _, err = cli("--prompt", "a", "--checkpoint", folder, "--prompt", "b")
+    assert code == 2 and err == "error: --prompt is there 2 times: give all its values after one\n"
+
+
+def test_a_prompt_alone_is_one_prompt():
+    assert SampleConfig("a boat") == SampleConfig(("a boat",))
+
+
+def test_numbers_of_numpy(pipe):
+    import numpy as np
+    settings = dict(num_inference_steps=2, guidance_scale=2.5, seed=3, height=16)
+    theirs = {name: {int: np.int64, float: np.float32}[type(value)](value) for name, value in settings.items()}
+    assert pipe("a", **theirs)[0].tobytes() == pipe("a", **settings)[0].tobytes()
+
+
 @pytest.mark.parametrize("flags", [[], ["--prompt"], ["--out", "a.png"]])
 def test_a_prompt_is_needed(flags, cli, tmp_path):
     code, _, err = cli(*flags)

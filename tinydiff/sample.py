@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['BUNDLED', 'UNETS', 'PARTS', 'SAMPLERS', 'PICTURES', 'PRECISIONS', 'is_hub_id', 'open_folder', 'part_folder',
-           'part_folders', 'latent_shape', 'picture_generators', 'start_noise', 'caption_lines', 'contact_sheet',
-           'guided_context', 'guided_prediction', 'model_index', 'Pipeline', 'check_counts', 'check_scale',
-           'check_negative', 'repeat_prompts', 'SampleState', 'started', 'Sampler', 'TextToImage', 'pick', 'film_strip',
-           'samplers_of', 'choose_sampler', 'is_folder', 'SampleConfig', 'first_complaint', 'read_flags',
-           'picture_settings', 'image_bytes', 'write_image', 'read_settings', 'write_images', 'out_of_memory',
-           'choose_device', 'sample', 'one_line_errors', 'main']
+           'part_folders', 'is_whole', 'latent_shape', 'picture_generators', 'start_noise', 'caption_lines',
+           'contact_sheet', 'guided_context', 'guided_prediction', 'model_index', 'Pipeline', 'check_counts',
+           'check_scale', 'check_negative', 'repeat_prompts', 'SampleState', 'started', 'Sampler', 'TextToImage',
+           'pick', 'film_strip', 'samplers_of', 'choose_sampler', 'is_folder', 'SampleConfig', 'first_complaint',
+           'read_flags', 'picture_settings', 'image_bytes', 'write_image', 'read_settings', 'folder_for',
+           'write_images', 'out_of_memory', 'choose_device', 'sample', 'one_line_errors', 'main', 'start_app']
 
 # %% ../nbs/12_sample.ipynb #1fdab62d
 import contextlib
@@ -19,13 +19,15 @@ import functools
 import io
 import json
 import math
+import numbers
+import os
 import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_origin, get_type_hints
 
 import torch
 import tyro
@@ -91,21 +93,26 @@ def part_folders(checkpoint: str | Path, revision: str | None = None) -> dict[st
     return folders
 
 # %% ../nbs/12_sample.ipynb #b9dae14e
+def is_whole(value) -> bool:
+    "Whether it is a whole number, Python's or numpy's."
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
 def latent_shape(unet: UNet, vae: AutoencoderKL, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
     "Channels, height and width of one picture's latents; ValueError where the networks cannot halve them often enough."
     factor = vae.config.downsample_factor
     multiple = factor * 2 ** (len(unet.config.block_out_channels) - 1)
     sides = [unet.config.sample_size * factor if side is None else side for side in (height, width)]
-    if any(type(side) is not int or side < multiple or side % multiple for side in sides):
+    if any(not is_whole(side) or side < multiple or side % multiple for side in sides):
         raise ValueError(f"height and width must be multiples of {multiple}, not {sides[0]} x {sides[1]}")
-    return unet.config.in_channels, sides[0] // factor, sides[1] // factor
+    return unet.config.in_channels, *(int(side) // factor for side in sides)
 
 # %% ../nbs/12_sample.ipynb #fe8182f5
 def picture_generators(seed: int, num_images: int, total: int) -> list[torch.Generator]:
     "A generator for each of `total` pictures: the i-th picture of every prompt has seed + i."
-    if type(seed) is not int or not 0 <= seed <= 2**63 - 1 - num_images:
+    if not is_whole(seed) or not 0 <= seed <= 2**63 - 1 - num_images:
         raise ValueError(f"the seed must be a whole number from 0 to about 2^63; got {seed!r:.40}")
-    return [torch.Generator().manual_seed(seed + i % num_images) for i in range(total)]
+    return [torch.Generator().manual_seed(int(seed) + i % num_images) for i in range(total)]
 
 
 def start_noise(shape: tuple[int, ...], generators: list[torch.Generator]) -> Tensor:
@@ -207,13 +214,13 @@ class Pipeline:
 def check_counts(**counts: int):
     "ValueError for a number of steps, pictures ... that is not a whole number of at least 1."
     for name, value in counts.items():
-        if type(value) is not int or value < 1:
+        if not is_whole(value) or value < 1:
             raise ValueError(f"{name} must be a whole number of at least 1; got {value!r:.40}")
 
 
 def check_scale(guidance_scale: float):
     "ValueError for a guidance that is no finite number."
-    if not isinstance(guidance_scale, (int, float)) or not math.isfinite(guidance_scale):
+    if not isinstance(guidance_scale, numbers.Real) or not math.isfinite(guidance_scale):
         raise ValueError(f"guidance_scale must be a finite number; got {guidance_scale!r:.40}")
 
 
@@ -381,6 +388,8 @@ class SampleConfig:
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: half the memory, and faster where the device computes in it; pictures change a little
 
     def __post_init__(self):
+        if isinstance(self.prompt, str):
+            object.__setattr__(self, "prompt", (self.prompt,))
         repeat_prompts(self.prompt, 1)
         check_counts(steps=self.steps, num_images=self.num_images)
         check_scale(self.guidance_scale)
@@ -398,7 +407,10 @@ def first_complaint(box: str) -> str:
 
 def read_flags(config: type, prog: str, args: list[str] | None = None, default=None):
     "A configuration dataclass from a command line; ValueError in one line for what is wrong. None: the program's own arguments."
-    complaint = io.StringIO()
+    args, complaint = sys.argv[1:] if args is None else args, io.StringIO()
+    for name, kind in get_type_hints(config).items():
+        if get_origin(kind) is tuple and args.count(f"--{name}") > 1:
+            raise ValueError(f"--{name} is there {args.count(f'--{name}')} times: give all its values after one")
     try:
         with contextlib.redirect_stderr(complaint):
             return tyro.cli(config, prog=prog, args=args, use_underscores=True, **({} if default is None else {"default": default}))
@@ -423,11 +435,16 @@ def image_bytes(image: Image.Image, settings: dict, suffix: str = ".png") -> byt
     return file.getvalue()
 
 
-def write_image(image: Image.Image, settings: dict, path: Path):
-    "A picture file in one piece."
+def write_image(image: Image.Image, settings: dict, path: Path) -> Path:
+    "A picture file in one piece; a PNG where the picture is too large for what `path` asks for. Returns its path."
+    try:
+        content = image_bytes(image, settings, path.suffix)
+    except (ValueError, OSError):  # WebP's sides end at 16,383 pixels, JPEG's at 65,535
+        path, content = path.with_suffix(".png"), image_bytes(image, settings)
     partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(image_bytes(image, settings, path.suffix))
+    partial.write_bytes(content)
     partial.replace(path)
+    return path
 
 
 def read_settings(path: str | Path | io.BytesIO) -> dict:
@@ -436,19 +453,26 @@ def read_settings(path: str | Path | io.BytesIO) -> dict:
         return json.loads(image.info.get("tinydiff", "{}"))
 
 # %% ../nbs/12_sample.ipynb #2498dd26
+def folder_for(out: str) -> Path:
+    "The folder that pictures go into; ValueError where it could not be made or written."
+    folder = Path(out) if is_folder(out) else Path(out).parent
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"--out {out} cannot be written: {there} is {'write-protected' if there.is_dir() else 'no folder'}")
+    return folder
+
+
 def write_images(images: list[Image.Image], settings: list[dict], out: str) -> Path:
-    "Into one file (several become a sheet), or into a folder, one PNG each; folders are made."
-    path = Path(out)
-    folder = path if is_folder(out) else path.parent
+    "Into one file (several become a sheet), or into a folder, one PNG each; folders are made. Returns where."
+    path, folder = Path(out), folder_for(out)
     folder.mkdir(parents=True, exist_ok=True)
     if folder == path:
         for i, (image, chosen) in enumerate(zip(images, settings)):
             write_image(image, chosen, path / f"{i:03}.png")
-    elif len(images) == 1:
-        write_image(images[0], settings[0], path)
-    else:
-        write_image(contact_sheet(images, [chosen["prompt"] for chosen in settings]), {"pictures": settings}, path)
-    return path
+        return path
+    if len(images) == 1:
+        return write_image(images[0], settings[0], path)
+    return write_image(contact_sheet(images, [chosen["prompt"] for chosen in settings]), {"pictures": settings}, path)
 
 # %% ../nbs/12_sample.ipynb #d0c5bd15
 def out_of_memory(error: RuntimeError) -> bool:
@@ -475,6 +499,7 @@ def sample(config: SampleConfig) -> Path:
     checkpoint = "tiny-ddpm" if config.checkpoint == "tiny" and config.scheduler in ("ddpm", "ddim") else config.checkpoint
     pipe = TextToImage.from_pretrained(checkpoint, device, config.revision, PRECISIONS[config.precision])
     pipe.scheduler = choose_sampler(pipe.scheduler, config.scheduler)
+    folder_for(config.out)  # before all is drawn
     try:
         images = pipe(list(config.prompt), negative_prompt=config.negative_prompt, num_inference_steps=config.steps, seed=config.seed,
                       guidance_scale=config.guidance_scale, num_images=config.num_images, height=config.height, width=config.width, progress=True)
@@ -507,3 +532,13 @@ def main():
     config = read_flags(SampleConfig, "tinydiff-sample")
     out, n = sample(config), len(config.prompt) * config.num_images
     print(f"{n} picture{'s' * (n > 1)} -> {out}")
+
+
+@one_line_errors
+def start_app():
+    "The command `tinydiff-app`: the playground, where its packages are installed."
+    try:
+        from tinydiff.playground import main
+    except ModuleNotFoundError as missing:
+        raise ValueError(f"tinydiff-app needs another package: pip install {missing.name}") from None
+    main()
