@@ -123,7 +123,7 @@ def test_exam_stays_the_same():
     questions = ev.exam()
     assert len(questions) == 650 and [q.prompt for q in ev.exam(3)] == [q.prompt for q in questions if q.number < 3]
     digest = hashlib.sha256("\n".join(f"{q.category} {q.heldout} {q.prompt}" for q in questions).encode()).hexdigest()
-    assert digest[:16] == "aa2bfaaf8553e301"
+    assert digest[:16] == "4a2d40e1a2598b20"
 
 
 def test_exam_asks_what_it_should():
@@ -222,10 +222,32 @@ def test_distances_tell_sets_apart(reader):
 
 def test_nearest_finds_copies():
     training = [item["image"] for item in map(Scenes("train").__getitem__, range(30))]
-    distance, index = ev.nearest(training[5:8], training)
+    small = ev.small_pixels(training)
+    distance, index = ev.nearest(training[5:8], small)
     assert index.tolist() == [5, 6, 7] and distance.max() < 1e-3
-    distance, _ = ev.nearest([image for image, _ in truths(1, 5)], training)
+    distance, _ = ev.nearest([image for image, _ in truths(1, 5)], small)
     assert distance.min() > 0.02
+
+
+@pytest.mark.parametrize("copied", [0, 4, 13])
+def test_report_finds_copies(copied, pipe, reader):
+    "Even where most pictures are new: the median would not see four of thirteen."
+    questions, training = ev.exam(1), [item["image"] for item in map(Scenes("train").__getitem__, range(40))]
+    new = [image for image, _ in truths(1, len(questions))]
+    pictures = [[image] for image in ev.through_vae(pipe.vae, training[:copied] + new[copied:])]
+    done = ev.Evaluation(questions, [[0]] * len(questions), pictures, [[seen] for [image] in pictures for seen in ev.read_pictures(reader, [image])])
+    results = ev.report(done, pipe, reader, ev.small_pixels(training), reference_pictures=26)
+    share = results["nearest_training_picture"]["copies"]
+    assert share == pytest.approx(copied / len(questions), abs=0.1), share
+    assert f"copies          {100 * share:.1f} % are nearer" in ev.score_table(results)
+
+
+def test_sweep_over_a_runs_steps_is_a_learning_curve():
+    record = lambda name, step, score: {"checkpoint": f"runs/{name}/checkpoints/diffusion/{step:07}/ema.safetensors", "scheduler": "flow", "guidance_scale": 4.0, "steps": 25,
+        "unet_calls": 50, "scores": {"model": {"seen": {"overall": (score, score - 5, score + 5)}}, "ceiling": {"seen": {"overall": (95, 90, 100)}}}}
+    ax, = ev.plot_sweep([record("a", 1000, 50), record("a", 500, 20), record("b", 500, 30)]).axes
+    assert [list(line.lines[0].get_xdata()) for line in ax.containers] == [[500, 1000], [500]] and ax.get_xlabel() == "steps of training"
+    assert [text.get_text() for text in ax.get_legend().get_texts()][1:] == [f"{name}, ema, flow, guidance 4, 25 steps" for name in "ab"]
 
 
 # --- drawing and the command

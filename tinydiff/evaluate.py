@@ -22,6 +22,7 @@ import json
 import random
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -153,7 +154,7 @@ def to_numbers(reading: Reading) -> tuple[Tensor, Tensor]:
 
 
 class ReaderScenes(Dataset):
-    "Pictures (3, size, size), 0 to 255, and their labels in numbers; half of them spliced from two scenes."
+    "Pictures (3, size, size), 0 to 255, and their labels in numbers; some of them spliced from two scenes."
 
     def __init__(self, length: int, seed: int = 0, image_size: int = 64):
         self.length, self.seed, self.image_size = length, seed, image_size
@@ -485,16 +486,15 @@ def distances(reader: Reader, sets: dict[str, list[Image.Image]], reference: lis
     return {name: {"fid": frechet_distance(f, goal), "kid": kernel_distance(f, goal)} for name, f in features.items()}
 
 # %% ../nbs/13_evaluate.ipynb #5ed30429
-def small_pixels(images: list[Image.Image], side: int = 32) -> Tensor:
+def small_pixels(images: Iterable[Image.Image], side: int = 32) -> Tensor:
     "(pictures, values), in [-1, 1], at half size."
     return torch.stack([image_to_tensor(image, side).flatten() for image in images])
 
 
-def nearest(images: list[Image.Image], training: list[Image.Image]) -> tuple[Tensor, Tensor]:
-    "The root mean square difference to the nearest training picture, (pictures,), and its index."
-    a, b = small_pixels(images), small_pixels(training)
-    distance, index = torch.cdist(a, b).min(1)
-    return distance / a.shape[1] ** 0.5, index
+def nearest(images: list[Image.Image], training: Tensor) -> tuple[Tensor, Tensor]:
+    "The root mean square difference to the nearest of the training pictures, (pictures,), and its index; `training` is theirs of `small_pixels`."
+    distance, index = torch.cdist(small_pixels(images), training).min(1)
+    return distance / training.shape[1] ** 0.5, index
 
 # %% ../nbs/13_evaluate.ipynb #933e171d
 @functools.cache
@@ -565,10 +565,10 @@ def report(
     done: Evaluation,
     pipe: TextToImage,
     reader: Reader,
-    training: list[Image.Image],  # pictures that the model was trained on
+    training: Tensor,  # `small_pixels` of pictures that the model was trained on
     reference_pictures: int = 2000,  # about so many fresh renders, to compare distributions with
 ) -> dict:
-    "Scores with ceiling and chance, FID and KID with their floors, and the distance to the nearest of the training pictures."
+    "Scores with ceiling and chance, FID and KID with their floors, the median distance to the nearest of the training pictures, and the share that is nearer than any render."
     q, pictures = done.questions, sum(done.pictures, [])
     images, size = len(done.pictures[0]), pictures[0].width
     renders = renders_of(q, images, size, seed=0)
@@ -577,8 +577,10 @@ def report(
     scores = {"model": question_scores(q, done.readings), "chance": chance_scores(q, done.readings),
               "ceiling": question_scores(q, [ceiling[i : i + images] for i in range(0, len(ceiling), images)])}
     reference = renders_of(q, max(1, reference_pictures // len(q)), size, seed=1)
-    near = {name: nearest(some, training)[0].median().item() for name, some in (("model", pictures), ("vae", passed))}
-    return {"scores": {name: summarize(q, s) for name, s in scores.items()}, "nearest_training_picture": near,
+    near = {name: nearest(some, training)[0] for name, some in (("model", pictures), ("vae", passed))}
+    copies = {"copies": (near["model"] < near["vae"].min()).float().mean().item()}
+    return {"scores": {name: summarize(q, s) for name, s in scores.items()},
+            "nearest_training_picture": {name: distance.median().item() for name, distance in near.items()} | copies,
             "distances": distances(reader, {"model": pictures, "vae": passed, "renders": renders}, reference)}
 
 # %% ../nbs/13_evaluate.ipynb #ccf474f7
@@ -594,7 +596,8 @@ def score_table(results: dict) -> str:
         model, vae, floor = (f"{results['distances'][name][measure]:.{digits}f}" for name in ("model", "vae", "renders"))
         lines += [f"{measure.upper():16}{model}; renders through the VAE {vae}; as many fresh renders {floor}"]
     near = results["nearest_training_picture"]
-    return "\n".join([*lines, f"{'nearest':16}{near['model']:.3f} to a picture of the default training set; fresh renders through the VAE {near['vae']:.3f}"])
+    lines += [f"{'nearest':16}{near['model']:.3f} to a picture of the default training set; fresh renders through the VAE {near['vae']:.3f}"]
+    return "\n".join([*lines, f"{'copies':16}{100 * near['copies']:.1f} % are nearer to one than any of these renders"])
 
 # %% ../nbs/13_evaluate.ipynb #be4dcf52
 @dataclass(frozen=True)
@@ -608,7 +611,7 @@ class EvalConfig:
     images: int = 4  # of each prompt
     seed: int = 0
     reference_pictures: int = 2000  # fresh renders that FID and KID compare with
-    training_pictures: int = 5000  # of the scenes that tinydiff-train takes by default, among which the nearest is looked for
+    training_pictures: int = 20_000  # the first so many scenes, as tinydiff-train takes them by default, among which copies are looked for
     batch_size: int = 32  # pictures drawn at once
     out: str = "scene_eval"  # folder for results.json, failures and figures
     device: str | None = None  # None: an NVIDIA or AMD GPU where there is one
@@ -667,7 +670,7 @@ def answers(done: Evaluation) -> list[dict]:
              "read": list(map(str, group))} for q, seeds, group in zip(done.questions, done.seeds, done.readings)]
 
 
-def run_exam(config: EvalConfig, chosen: dict, reader: Reader, training: list[Image.Image]) -> tuple[dict, Evaluation]:
+def run_exam(config: EvalConfig, chosen: dict, reader: Reader, training: Tensor) -> tuple[dict, Evaluation]:
     "One combination of the settings: a record for results.json, and the evaluation itself."
     pipe = open_checkpoint(chosen["checkpoint"], chosen["scheduler"], reader.whole.weight.device)
     settings = {name: chosen[name] for name in ("steps", "guidance_scale")}
@@ -678,19 +681,23 @@ def run_exam(config: EvalConfig, chosen: dict, reader: Reader, training: list[Im
 
 # %% ../nbs/13_evaluate.ipynb #2f6f72a7
 def plot_sweep(records: list[dict]):
-    "Fidelity against cost: the overall score of seen prompts and its interval, over the UNet calls of a picture. A matplotlib figure."
+    "Fidelity against cost: the overall score of seen prompts and its interval, over the UNet calls of a picture; of a run's checkpoints, over their steps. A matplotlib figure."
     import matplotlib.pyplot as plt
-    lines = {}
+    lines, curve = {}, all(Path(r["checkpoint"]).parent.name.isdigit() for r in records)
     for r in records:
-        lines.setdefault((r["checkpoint"], r["scheduler"], r["guidance_scale"]), []).append((r["unet_calls"], *r["scores"]["model"]["seen"]["overall"]))
-    names = {key: ", ".join(f"guidance {v:g}" if i == 2 else str(v) for i, v in enumerate(key)) for key in lines}
+        name, x = r["checkpoint"], r["unet_calls"]
+        if curve:
+            *_, run, _, _, step, file = Path(name).resolve().parts  # RUN/checkpoints/diffusion/STEP/ema.safetensors
+            name, x = f"{run}, {Path(file).stem}", int(step)
+        key = f"{name}, {r['scheduler']}, guidance {r['guidance_scale']:g}" + f", {r['steps']} steps" * curve
+        lines.setdefault(key, []).append((x, *r["scores"]["model"]["seen"]["overall"]))
     fig, ax = plt.subplots(figsize=(6, 3.6), dpi=80, layout="constrained")
     for key, points in lines.items():
-        calls, mean, low, high = np.array(sorted(points)).T
-        ax.errorbar(calls, mean, (mean - low, high - mean), marker="o", capsize=2, label=names[key])
+        x, mean, low, high = np.array(sorted(points)).T
+        ax.errorbar(x, mean, (mean - low, high - mean), marker="o", capsize=2, label=key)
     best = [r["scores"]["ceiling"]["seen"]["overall"][0] for r in records]
     ax.axhline(max(best), color="0.6", ls=":", label="ceiling (renders through the VAE)")
-    ax.set(xscale="log", xlabel="UNet calls for a picture", ylabel="SceneEval overall, %", ylim=(0, 102))
+    ax.set(xscale="linear" if curve else "log", xlabel="steps of training" if curve else "UNet calls for a picture", ylabel="SceneEval overall, %", ylim=(0, 102))
     ax.legend(fontsize=7)
     plt.close(fig)
     return fig
@@ -702,7 +709,7 @@ def run_exams(config: EvalConfig) -> list[dict]:
     for chosen in config.combinations():
         started(open_checkpoint(chosen["checkpoint"], chosen["scheduler"], device).scheduler, chosen["steps"])  # all mistakes before the first picture
     reader, records, read = load_reader(device=device), [], []
-    training = [item["image"] for item in map(Scenes("train", length=config.training_pictures).__getitem__, range(config.training_pictures))]
+    training = small_pixels(Scenes("train")[i]["image"] for i in range(config.training_pictures))
     out.mkdir(parents=True, exist_ok=True)
     for old in (out / "failures.png", *out.glob("failures-[0-9][0-9].png"), out / "sweep.png"): old.unlink(missing_ok=True)  # an earlier exam's
     for number, chosen in enumerate(config.combinations()):
