@@ -216,8 +216,9 @@ def watch_attention(unet: UNet) -> Iterator[dict[str, Tensor]]:
 
 
 def layer_name(module: str) -> str:
-    "down_blocks.1.attentions.0.... as `down 1.0`."
-    block, *numbers = re.match(r"(down|mid|up)_block(?:s\.(\d+))?\.attentions\.(\d+)", module).groups()
+    "down_blocks.1.attentions.0.transformer_blocks.0... as `down 1.0`, a second transformer block there as `down 1.0.1`."
+    block, *numbers, inner = re.match(r"(down|mid|up)_block(?:s\.(\d+))?\.attentions\.(\d+)\.transformer_blocks\.(\d+)", module).groups()
+    numbers += [inner] * (inner != "0")
     return " ".join([block, ".".join(n for n in numbers if n is not None)])
 
 # %% ../nbs/14_playground.ipynb #39af82e0
@@ -234,8 +235,8 @@ class Moment:
     "One step, ready to be looked at."
     state: SampleState
     images: list[Image.Image]  # what the model imagines, for each picture of the batch
-    noisy: Image.Image  # the first picture's latents after the step, decoded as they are
-    attention: dict[str, Tensor]  # the first picture's: layer -> (pixels, tokens)
+    noisy: list[Image.Image]  # their latents after the step, decoded as they are
+    attention: list[dict[str, Tensor]]  # of each picture: layer -> (pixels, tokens)
 
 
 @dataclass
@@ -257,9 +258,9 @@ def advance(models: Models, run: Run) -> Iterator[Moment]:
     pipe, n = models(run.config.scheduler), run.config.num_images
     with watch_attention(pipe.unet) as maps:
         for state in walk_with(models, run.config):
-            *images, noisy = pipe.decode(torch.cat([state.pred_original_sample, state.latents[:1]]))
-            attention = {layer: weights[-n].clone() for layer, weights in maps.items()}  # the prompt's rows come last
-            run.moments.append(Moment(state, images, noisy, attention))
+            pictures = pipe.decode(torch.cat([state.pred_original_sample, state.latents]))
+            kept = {layer: weights[-n:].to("cpu", torch.float16, copy=True) for layer, weights in maps.items()}  # the prompt's rows come last
+            run.moments.append(Moment(state, pictures[:n], pictures[n:], [{layer: weights[i] for layer, weights in kept.items()} for i in range(n)]))
             yield run.moments[-1]
 
 # %% ../nbs/14_playground.ipynb #11890a53
@@ -269,12 +270,12 @@ def channel_image(channel: Tensor, size: tuple[int, int]) -> Image.Image:
     return Image.fromarray(colors).convert("RGB").resize(size, Image.Resampling.NEAREST)
 
 
-def show_step(run: Run, step: int) -> Frame:
-    "After a step, counted from 1: x_t, the x_0 that the model had in mind, and the latent channels of x_t."
+def show_step(run: Run, step: int, index: int = 0) -> Frame:
+    "Of picture `index`, after a step, counted from 1: x_t, the x_0 that the model had in mind, and the latent channels of x_t."
     moment = run.moments[step - 1]
-    channels = [channel_image(channel, moment.noisy.size) for channel in moment.state.latents[0]]
+    channels = [channel_image(channel, moment.noisy[index].size) for channel in moment.state.latents[index]]
     captions = [f"x after step {step}", f"x_0 from t = {moment.state.timestep:.0f}", *(f"channel {i}" for i in range(len(channels)))]
-    return [moment.noisy, moment.images[0], *channels], captions
+    return [moment.noisy[index], moment.images[index], *channels], captions
 
 # %% ../nbs/14_playground.ipynb #a401899f
 def word_map(attention: dict[str, Tensor], layer: str, positions: tuple[int, ...], size: tuple[int, int]) -> Tensor:
@@ -283,7 +284,7 @@ def word_map(attention: dict[str, Tensor], layer: str, positions: tuple[int, ...
     maps = []
     for weights in chosen:
         side = round(len(weights) ** 0.5)
-        heat = weights[:, list(positions)].sum(-1).reshape(1, 1, side, side)
+        heat = weights[:, list(positions)].float().sum(-1).reshape(1, 1, side, side)
         maps.append(F.interpolate(heat, size, mode="bicubic").clamp(min=0)[0, 0])
     total = torch.stack(maps).mean(0)
     return (total - total.min()) / (total.max() - total.min()).clamp(min=1e-8)
@@ -295,19 +296,19 @@ def heat_image(image: Image.Image, heat: Tensor) -> Image.Image:
     return Image.blend(image.convert("L").convert("RGB"), colors, 0.65)
 
 
-def show_word(run: Run, word: int, layer: str = "all layers", moments: int = 6) -> Frame:
-    "Where the UNet looks for the word of that index: at several steps, over the picture that it ends with."
+def show_word(run: Run, word: int, layer: str = "all layers", moments: int = 6, index: int = 0) -> Frame:
+    "Where the UNet looks for a word: at several steps, over the picture that it ends with."
     text, positions = run.words[word]
-    image, chosen = run.moments[-1].images[0], pick(run.moments, moments)
-    maps = [word_map(m.attention, layer, positions, image.size[::-1]) for m in chosen]
+    image, chosen = run.moments[-1].images[index], pick(run.moments, moments)
+    maps = [word_map(m.attention[index], layer, positions, image.size[::-1]) for m in chosen]
     return [heat_image(image, heat) for heat in maps], [f"{text}, step {m.state.step}" for m in chosen]
 
 
-def show_words(run: Run, step: int, layer: str = "all layers") -> Frame:
+def show_words(run: Run, step: int, layer: str = "all layers", index: int = 0) -> Frame:
     "Where the UNet looks for each word, at one step."
-    moment = run.moments[step - 1]
-    maps = [word_map(moment.attention, layer, positions, moment.images[0].size[::-1]) for _, positions in run.words]
-    return [heat_image(run.moments[-1].images[0], heat) for heat in maps], [word for word, _ in run.words]
+    image, attention = run.moments[-1].images[index], run.moments[step - 1].attention[index]
+    maps = [word_map(attention, layer, positions, image.size[::-1]) for _, positions in run.words]
+    return [heat_image(image, heat) for heat in maps], [word for word, _ in run.words]
 
 # %% ../nbs/14_playground.ipynb #1a1db30b
 class Worker:
@@ -501,31 +502,31 @@ class History(widgets.Box):
 
 # %% ../nbs/14_playground.ipynb #da56bb5c
 class Steps(widgets.VBox):
-    "Scrub through the last run: `show_step`."
+    "Scrub through a picture of the last run: `show_step`."
 
     def __init__(self):
-        self.run, self.frame = None, widgets.HTML('<p class="td-status">Generate a picture first.</p>')
+        self.run, self.index, self.frame = None, 0, widgets.HTML('<p class="td-status">Generate a picture first.</p>')
         self.step = widgets.IntSlider(value=1, min=1, max=1, description="step", layout={"width": "520px"}, style={"description_width": "40px"})
         self.step.observe(lambda _: self.redraw(), "value")
         super().__init__([self.step, self.frame])
         self.add_class("td-panel")
 
-    def show(self, run: Run):
-        self.run = run
+    def show(self, run: Run, index: int = 0):
+        self.run, self.index = run, index
         self.step.max = len(run.moments)
         self.step.value = len(run.moments)
         self.redraw()
 
     def redraw(self):
         if self.run is not None:
-            self.frame.value = pictures_html(*show_step(self.run, min(self.step.value, len(self.run.moments))))
+            self.frame.value = pictures_html(*show_step(self.run, min(self.step.value, len(self.run.moments)), self.index))
 
 # %% ../nbs/14_playground.ipynb #8ee8f228
 class Words(widgets.VBox):
     "Click a word of the last run: `show_word`, and `show_words` for all of them."
 
     def __init__(self):
-        self.run, self.frame = None, widgets.HTML('<p class="td-status">Generate a picture first, then click one of its words.</p>')
+        self.run, self.index, self.frame = None, 0, widgets.HTML('<p class="td-status">Generate a picture first, then click one of its words.</p>')
         self.word = widgets.ToggleButtons(options=[]).add_class("td-words")
         self.layer = widgets.Dropdown(options=["all layers"], description="layer", layout={"width": "240px"}, style={"description_width": "40px"})
         self.step = widgets.IntSlider(value=1, min=1, max=1, description="step", layout={"width": "420px"}, style={"description_width": "40px"})
@@ -534,15 +535,15 @@ class Words(widgets.VBox):
         super().__init__([self.word, widgets.HBox([self.layer, self.step]).add_class("td-row"), self.frame])
         self.add_class("td-panel")
 
-    def show(self, run: Run):
+    def show(self, run: Run, index: int = 0):
         "The words and layers of a run; the longest word first, which is seldom an article."
         self.run = None  # no redrawing in between
         self.word.options = [(word, i) for i, (word, _) in enumerate(run.words)]
         self.word.index = max(range(len(run.words)), key=lambda i: len(run.words[i][0])) if run.words else None
-        self.layer.options = ["all layers", *run.moments[0].attention]
+        self.layer.options = ["all layers", *run.moments[0].attention[0]]
         self.step.max = len(run.moments)
         self.step.value = (len(run.moments) + 1) // 2
-        self.run = run
+        self.run, self.index = run, index
         self.redraw()
 
     def redraw(self):
@@ -551,7 +552,8 @@ class Words(widgets.VBox):
         if self.word.index is None:
             self.frame.value = '<p class="td-status">This prompt has no words.</p>'
             return
-        over_steps, over_words = show_word(self.run, self.word.index, self.layer.value), show_words(self.run, self.step.value, self.layer.value)
+        over_steps = show_word(self.run, self.word.index, self.layer.value, index=self.index)
+        over_words = show_words(self.run, self.step.value, self.layer.value, self.index)
         self.frame.value = pictures_html(*over_steps) + f'<p class="td-status">every word at step {self.step.value}</p>' + pictures_html(*over_words)
 
 # %% ../nbs/14_playground.ipynb #674b451a
@@ -615,7 +617,7 @@ export default { render({ model, el }) {
 # %% ../nbs/14_playground.ipynb #3f2f5416
 class Mask(anywidget.AnyWidget):
     "A picture to draw on: what is drawn is to be painted anew. A stroke that begins on a drawn place wipes."
-    side = traitlets.Int(16).tag(sync=True)  # cells a side: one for each latent
+    side = traitlets.Int(16).tag(sync=True)  # cells a side: one for each latent of a picture of 64 pixels
     image = traitlets.Unicode("").tag(sync=True)  # the picture's address
     cells = traitlets.List(traitlets.Int()).tag(sync=True)  # the marked cells, counted row by row
     _esm = DRAWING
@@ -662,7 +664,8 @@ class Repaint(Experiment):
                 image = to_rgb(image)
         except UNREADABLE:
             return self.complain(ValueError("this file is not a picture that can be opened"))
-        self.show(ImageOps.fit(image, (256, 256)))
+        side = max(256, min(1024, *image.size))
+        self.show(ImageOps.fit(image, (side, side)))
 
     def repaint(self) -> Iterator[Frame]:
         if self.image is None:
@@ -691,9 +694,9 @@ class Inside(widgets.Tab):
         self.add_class("td-inside")
 
     def show(self, run: Run, index: int = 0):
-        "Look into this run; its picture `index` is where *From a picture* begins."
-        self.steps.show(run)
-        self.words.show(run)
+        "Look into picture `index` of this run, and let *From a picture* begin at it."
+        self.steps.show(run, index)
+        self.words.show(run, index)
         self.repaint.show(run.moments[-1].images[index])
 
 # %% ../nbs/14_playground.ipynb #9ba038a6
@@ -721,7 +724,7 @@ class Page(widgets.VBox):
 
     def restore(self, run: Run, index: int):
         "The settings of a picture of the history, with its own seed; and the run, to look into."
-        self.controls.restore(replace(run.config, seed=run.config.seed + index))
+        self.controls.restore(replace(run.config, seed=run.config.seed + index, num_images=1))
         self.stage.show(run)
         self.stage.say("restored from the history")
         self.inside.show(run, index)
@@ -764,7 +767,7 @@ class Playground(Page):
                 self.inside.show(run)
 
 # %% ../nbs/14_playground.ipynb #9a5ea97a
-HERE_ONLY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob: ws:; frame-ancestors 'self'"  # nothing from other machines
+HERE_ONLY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob: ws://127.0.0.1:* ws://localhost:*; frame-ancestors 'self'"  # nothing from other machines
 
 
 @dataclass(frozen=True)
