@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .models.clip import ACTIVATIONS, CLIP, END, START, CLIPTextConfig, CLIPTextEncoder, CLIPTokenizer, CLIPVisionConfig
+from .models.clip import CLIP, END, START, CLIPTextConfig, CLIPTextEncoder, CLIPTokenizer, CLIPVisionConfig
 from .models.unet import UNet, UNetConfig
 from .models.vae import AutoencoderKL, VAEConfig
 from .schedulers.base import Scheduler

@@ -105,9 +105,6 @@ class CLIPTextConfig:
     projection_dim: int = 128
     hidden_act: str = "quick_gelu"  # or "gelu"
 
-    def __post_init__(self):
-        if self.hidden_act not in ACTIVATIONS: raise ValueError(f"hidden_act is {self.hidden_act!r:.60}, supported: {', '.join(ACTIVATIONS)}")
-
 # %% ../../nbs/09_clip.ipynb #127593bc
 def quick_gelu(x: Tensor) -> Tensor:
     "x sigmoid(1.702 x), CLIP's approximation of GELU (Hendrycks and Gimpel 2016), by PyTorch's kernel for y sigmoid(y)."
@@ -122,6 +119,7 @@ class MLP(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int, act: str = "quick_gelu"):
         super().__init__()
+        if act not in ACTIVATIONS: raise ValueError(f"hidden_act is {act!r:.60}, supported: {', '.join(ACTIVATIONS)}")
         self.fc1, self.fc2 = nn.Linear(dim, hidden_dim), nn.Linear(hidden_dim, dim)
         self.act = ACTIVATIONS[act]
 
