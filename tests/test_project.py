@@ -1,4 +1,5 @@
 "The project as a whole: notebooks run, and package, README, site and wheel are what the notebooks say."
+import ast
 import filecmp
 import json
 import os
@@ -9,11 +10,15 @@ import subprocess
 import sys
 import time
 import zipfile
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires, version
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
@@ -79,6 +84,40 @@ def test_notebook_is_tidy(path):
         lines = [line for line in cell.source.splitlines() if line.strip() and not line.startswith("#|")]
         assert len(lines) <= 40, f"{len(lines)} lines in the cell that starts with {lines[0]!r}"
     assert path.stat().st_size < 1_500_000
+
+
+def imported(path):
+    "The packages that a notebook imports, wherever in its cells."
+    names = set()
+    for cell in code_cells(path):
+        for node in ast.walk(ast.parse("".join(line + "\n" for line in cell.source.splitlines() if not line.startswith(("%", "!"))))):
+            if isinstance(node, ast.Import): names |= {alias.name.split(".")[0] for alias in node.names}
+            if isinstance(node, ast.ImportFrom) and node.level == 0: names.add(node.module.split(".")[0])
+    return names - {*sys.stdlib_module_names, "tinydiff", "google"}  # google.colab, in Colab
+
+
+def brought_by(extra):
+    "The names of all packages that `pip install tinydiff[extra]` brings, and their packages'."
+    found, waiting = set(), [Requirement(f"tinydiff[{extra}]")]
+    while waiting:
+        need = waiting.pop()
+        for more in (requires(need.name) or []):
+            more = Requirement(more)
+            if any(more.marker is None or more.marker.evaluate({"extra": which}) for which in need.extras or {""}) and canonicalize_name(more.name) not in found:
+                with suppress(PackageNotFoundError):
+                    found.add(canonicalize_name(version(more.name) and more.name))
+                    waiting.append(more)
+    return found
+
+
+@each_lesson
+def test_notebook_needs_what_is_installed_with_it(path):
+    "`make lab` and `pip install 'tinydiff[notebooks]'` are enough; in Colab, what its first cell installs, and what a notebook runs on."
+    packages = packages_distributions()
+    needed = {canonicalize_name(packages[name][0]) for name in imported(path)} - {"tensorboard", "voila"}  # those say so themselves
+    assert needed <= brought_by("notebooks"), needed - brought_by("notebooks")
+    install = next(cell.source for cell in code_cells(path) if "google.colab" in cell.source)
+    for name in needed - brought_by("") - brought_by("app"): assert re.search(rf"\b{name}\b", install), f"{name} is not installed in Colab"
 
 
 @each_lesson
@@ -176,16 +215,28 @@ def test_wheel_holds_modules_and_weights(tmp_path):
 
 # --- README and site
 
+def exam_scores(name):
+    "What `tinydiff-eval` wrote about a bundled model."
+    return json.loads((ROOT / f"tinydiff/pretrained/exams/{name}.json").read_text())["exams"][0]["scores"]
+
+
 def test_results_table_is_of_the_bundled_exams():
-    "README's SceneEval table holds the numbers that `tinydiff-eval` wrote for both bundled models."
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    "The SceneEval table beside the weights, category by category."
+    text = (ROOT / "tinydiff/pretrained/README.md").read_text(encoding="utf-8")
     lines = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in text.split("| | flow, seen |")[1].split("\n\n")[0].splitlines()[2:]]
-    scores = {name: json.loads((ROOT / f"tinydiff/pretrained/exams/{name}.json").read_text())["exams"][0]["scores"] for name in ("flow", "ddpm")}
+    scores = {name: exam_scores(name) for name in ("flow", "ddpm")}
     cell = lambda table, name: "{:.1f} [{:.1f}, {:.1f}]".format(*table[name]) if name in table else "-"
     assert len(lines) == 9
     for name, *found, ceiling, chance in lines:
         assert found == [cell(scores[model]["model"][group], name) for model in ("flow", "ddpm") for group in ("seen", "heldout")], name
         assert [ceiling, chance] == [f"{scores['flow'][who]['seen'][name][0]:.1f}" for who in ("ceiling", "chance")], name
+
+
+@pytest.mark.parametrize("model, exam", [("tiny", "flow"), ("tiny-ddpm", "ddpm"), ("tiny-128", "flow-128")])
+def test_readme_has_the_scores_of_the_bundled_exams(model, exam):
+    table = exam_scores(exam)["model"]
+    cells = ["100" if low == 100 else f"{mean:.1f} [{low:.1f}, {high:.1f}]" for mean, low, high in (table[group]["overall"] for group in ("seen", "heldout"))]
+    assert f"| `{model}` | {cells[0]} | {cells[1]} |" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def readme_commands():
