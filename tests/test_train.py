@@ -196,6 +196,28 @@ def test_parts_that_count_at_the_start_alone(base, tmp_path, monkeypatch, capsys
     assert status == 0 and "note:" not in said and same_parts(run, twin)
 
 
+def test_a_preset_mirrors_no_scenes():
+    "Whose captions say left of; who asks for it gets it."
+    assert read_config(["--preset", "gpu"]).flip and not read_config(["--preset", "gpu", "--dataset", "scenes"]).flip
+    assert read_config(["--preset", "gpu", "--dataset", "scenes", "--flip"]).flip
+
+
+def test_a_folder_is_replaced_whole(tmp_path, monkeypatch):
+    "Wherever the deleting of the old one is cut short, the new one or the old one is there with all its files."
+    def write(text): return lambda folder: [(folder / name).write_text(text) for name in ("config", "weights")]
+    def cut_short(folder, ignore_errors=False):
+        if folder.exists():
+            next(folder.iterdir()).unlink()
+            raise KeyboardInterrupt
+    tinydiff.train.write_atomically(tmp_path / "vae", write("old"))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", cut_short)
+        tinydiff.train.write_atomically(tmp_path / "vae", write("new"))
+    assert [path.read_text() for path in (tmp_path / "vae").iterdir()] == ["new", "new"]
+    tinydiff.train.write_atomically(tmp_path / "vae", write("newer"))
+    assert [path.name for path in tmp_path.iterdir()] == ["vae"]
+
+
 @pytest.mark.parametrize("other, agree", [(7, True), (5, False), (9, False)])
 def test_processes_go_on_from_the_same_step(other, agree, tmp_path, monkeypatch):
     def with_another(ends, op): ends.copy_(torch.maximum(ends, torch.tensor([other, -other])))
