@@ -158,7 +158,7 @@ MUTATIONS = [
     # --- precision and details of Stable Diffusion
     bug("GroupNorm in bf16", "models/vae.py", "self.norm1 = GroupNorm(norm_num_groups, in_channels, eps=eps)", "self.norm1 = " + NAIVE_NORM, M + "group_norm_in_bf16_with_a_large_mean"),
     bug("GroupNorm in bf16", "models/attention.py", "self.weight.float(), self.bias.float(), self.eps", "None, None, self.eps", M + "group_norm_in_bf16_learns_as_in_float64"),
-    bug("a text that reads another picture", "models/attention.py", "torch.cat([x] * (len(other) // len(x)))", "x.repeat_interleave(len(other) // len(x), dim=0)", M + "one_sample_several_texts"),
+    bug("a text that reads another picture", "models/attention.py", "torch.cat([x] * copies)", "x.repeat_interleave(copies, dim=0)", M + "one_sample_several_texts"),
     bug("attention written out without its root", "models/attention.py", "q / q.shape[-1] ** 0.5 @ k", "q @ k", M + "attention_in_bfloat16_where_it_learns"),
     bug("attention that sees the next word", "models/attention.py", "dtype=scores.dtype).triu(1)", "dtype=scores.dtype).triu(2)", M + "attention_in_bfloat16_where_it_learns"),
     bug("a detail of Stable Diffusion", "models/attention.py", "self.norm = GroupNorm(norm_num_groups, channels, eps=1e-6)", "self.norm = GroupNorm(norm_num_groups, channels, eps=1e-5)", M + "unet_equals_diffusers"),
