@@ -186,8 +186,8 @@ class TaskOptions:
 @dataclass(frozen=True)
 class OptimizerOptions:
     "How it learns."
-    steps: int = 3600  # of the diffusion stage
-    vae_steps: int = 1500
+    steps: int = 2400  # of the diffusion stage
+    vae_steps: int = 3000
     clip_steps: int = 200
     batch_size: int = 64  # of the diffusion stage, over all processes
     vae_batch_size: int = 8
