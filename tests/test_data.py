@@ -540,5 +540,5 @@ def test_metadata_with_gaps(tmp_path, rng):
     with pytest.warns(UserWarning, match="skipped"): assert [item["caption"] for item in items] == ["zero"] * 3
     assert items.skipped.tolist() == [False, True, True]
     (tmp_path / "metadata.csv").unlink()
-    (tmp_path / "metadata.jsonl").write_text('{"file_name": "0.png"}\n{"file_name": "1.png", "text": 7}\n')
-    with pytest.warns(UserWarning, match="skipped"): assert [item["caption"] for item in load_captioned_images(str(tmp_path), image_size=8)] == ["7"] * 2
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "0.png"}\n{"file_name": "1.png", "text": 7}\n{"file_name": "1.png", "text": NaN}\n')
+    with pytest.warns(UserWarning, match="skipped"): assert [item["caption"] for item in load_captioned_images(str(tmp_path), image_size=8)] == ["7"] * 3

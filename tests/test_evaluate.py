@@ -248,6 +248,8 @@ def test_sweep_over_a_runs_steps_is_a_learning_curve():
     ax, = ev.plot_sweep([record("a", 1000, 50), record("a", 500, 20), record("b", 500, 30)]).axes
     assert [list(line.lines[0].get_xdata()) for line in ax.containers] == [[500, 1000], [500]] and ax.get_xlabel() == "steps of training"
     assert [text.get_text() for text in ax.get_legend().get_texts()][1:] == [f"{name}, ema, flow, guidance 4, 25 steps" for name in "ab"]
+    for several in ([record("a", 500, 20), record("a", 500, 30) | {"steps": 10, "unet_calls": 20}], [record("a", 500, 20) | {"checkpoint": f"/{i}/m"} for i in (1, 2)]):
+        assert ev.plot_sweep(several).axes[0].get_xlabel() == "UNet calls for a picture"
 
 
 # --- drawing and the command
@@ -291,6 +293,7 @@ def test_command(tmp_path, monkeypatch, capsys):
     "Two exams: tables, results, answers, failures and the figure."
     out = tmp_path / "eval"
     flags = "--prompts 1 --images 1 --steps 1 2 --guidance_scale 1 --training_pictures 20 --reference_pictures 26 --out"
+    monkeypatch.setitem(Scenes.splits, "train", 15)  # more pictures may be asked for than the split usually has
     monkeypatch.setattr(sys, "argv", ["tinydiff-eval", *flags.split(), str(out)])
     out.mkdir()
     (out / "failures.png").write_bytes(b"an earlier exam's")

@@ -652,7 +652,7 @@ def test_fetch_asks_for_what_we_read_and_nothing_else(weights, taken, hub):
 @pytest.mark.parametrize("part", ["vae", "text_encoder"])
 def test_fetch_takes_a_part_alone(part, hub):
     repository, _ = hub
-    files = ["config.json", PARTS[part], *(["vocab.json", "merges.txt", "tokenizer_config.json"] if part == "text_encoder" else [])]
+    files = ["config.json", PARTS[part], *(["vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"] if part == "text_encoder" else [])]
     repository += [*files, "model.ckpt", "pytorch_model.bin", "README.md"]
     assert {path.name for path in fetch("org/name").iterdir()} == set(files)
 

@@ -499,11 +499,12 @@ def test_a_sheet_too_large_for_its_format(cli, folder, tmp_path, monkeypatch):
     "WebP's sides end at 16,383 pixels: then it is a PNG, and nothing that was drawn is lost."
     monkeypatch.setattr(tinydiff.sample, "contact_sheet", lambda images, captions: Image.new("RGB", (8, 16_384)))
     code, out, _ = cli("--prompt", "a", "b", "--checkpoint", folder, "--steps", 1, "--out", "a.webp")
-    assert (code, out) == (0, "2 pictures -> a.png\n") and [path.name for path in tmp_path.glob("a.*")] == ["a.png"]
+    assert (code, out) == (0, "2 pictures -> a.webp.png\n") and [path.name for path in tmp_path.glob("a.*")] == ["a.webp.png"]
 
 
-def test_prompts_in_two_places(cli, folder):
-    code, _, err = cli("--prompt", "a", "--checkpoint", folder, "--prompt", "b")
+@pytest.mark.parametrize("again", [("--prompt", "b"), ("--prompt=b",)])
+def test_prompts_in_two_places(again, cli, folder):
+    code, _, err = cli("--prompt", "a", "--checkpoint", folder, *again)
     assert code == 2 and err == "error: --prompt is there 2 times: give all its values after one\n"
 
 
@@ -511,11 +512,14 @@ def test_a_prompt_alone_is_one_prompt():
     assert SampleConfig("a boat") == SampleConfig(("a boat",))
 
 
-def test_numbers_of_numpy(pipe):
+def test_numbers_of_numpy(pipe, folder, tmp_path):
     import numpy as np
-    settings = dict(num_inference_steps=2, guidance_scale=2.5, seed=3, height=16)
-    theirs = {name: {int: np.int64, float: np.float32}[type(value)](value) for name, value in settings.items()}
-    assert pipe("a", **theirs)[0].tobytes() == pipe("a", **settings)[0].tobytes()
+    of_numpy = lambda settings: {name: {int: np.int64, float: np.float32}[type(value)](value) for name, value in settings.items()}
+    settings = dict(num_inference_steps=2, guidance_scale=2.5, seed=3, height=16, num_images=2)
+    assert [image.tobytes() for image in pipe("a", **of_numpy(settings))] == [image.tobytes() for image in pipe("a", **settings)]
+    settings = dict(steps=2, guidance_scale=2.5, seed=3, num_images=2)
+    sheet = sample(SampleConfig("a", checkpoint=str(folder), out=str(tmp_path / "a.png"), **of_numpy(settings)))
+    assert read_settings(sheet)["pictures"][1]["seed"] == 4
 
 
 @pytest.mark.parametrize("flags", [[], ["--prompt"], ["--out", "a.png"]])

@@ -330,7 +330,7 @@ def read_metadata(path: Path, image_column: str | None, caption_column: str | No
     if not rows: return []
     columns = list(dict.fromkeys(column for row in rows for column in row))  # a line of JSON may leave some out
     image, captions = choose_columns(columns, image_column or "file_name", caption_column, str(path))
-    text = lambda value: str(value) if isinstance(value, (int, float)) else value
+    text = lambda value: str(value) if type(value) in (int, float) and value == value else value  # a NaN is no caption
     return [(path.parent / str(row.get(image) or "no file name"), flatten_captions([text(row.get(c)) for c in captions])) for row in rows]
 
 # %% ../nbs/02_data.ipynb #a2c3d1a1

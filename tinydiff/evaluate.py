@@ -683,7 +683,8 @@ def run_exam(config: EvalConfig, chosen: dict, reader: Reader, training: Tensor)
 def plot_sweep(records: list[dict]):
     "Fidelity against cost: the overall score of seen prompts and its interval, over the UNet calls of a picture; of a run's checkpoints, over their steps. A matplotlib figure."
     import matplotlib.pyplot as plt
-    lines, curve = {}, all(Path(r["checkpoint"]).parent.name.isdigit() for r in records)
+    lines, paths = {}, {Path(r["checkpoint"]) for r in records}
+    curve = len(paths) > 1 and all(path.suffix == ".safetensors" for path in paths)
     for r in records:
         name, x = r["checkpoint"], r["unet_calls"]
         if curve:
@@ -709,7 +710,8 @@ def run_exams(config: EvalConfig) -> list[dict]:
     for chosen in config.combinations():
         started(open_checkpoint(chosen["checkpoint"], chosen["scheduler"], device).scheduler, chosen["steps"])  # all mistakes before the first picture
     reader, records, read = load_reader(device=device), [], []
-    training = small_pixels(Scenes("train")[i]["image"] for i in range(config.training_pictures))
+    scenes = Scenes("train", length=config.training_pictures)
+    training = small_pixels(scenes[i]["image"] for i in range(len(scenes)))
     out.mkdir(parents=True, exist_ok=True)
     for old in (out / "failures.png", *out.glob("failures-[0-9][0-9].png"), out / "sweep.png"): old.unlink(missing_ok=True)  # an earlier exam's
     for number, chosen in enumerate(config.combinations()):

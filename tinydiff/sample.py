@@ -112,7 +112,7 @@ def picture_generators(seed: int, num_images: int, total: int) -> list[torch.Gen
     "A generator for each of `total` pictures: the i-th picture of every prompt has seed + i."
     if not is_whole(seed) or not 0 <= seed <= 2**63 - 1 - num_images:
         raise ValueError(f"the seed must be a whole number from 0 to about 2^63; got {seed!r:.40}")
-    return [torch.Generator().manual_seed(int(seed) + i % num_images) for i in range(total)]
+    return [torch.Generator().manual_seed(int(seed + i % num_images)) for i in range(total)]
 
 
 def start_noise(shape: tuple[int, ...], generators: list[torch.Generator]) -> Tensor:
@@ -409,8 +409,8 @@ def read_flags(config: type, prog: str, args: list[str] | None = None, default=N
     "A configuration dataclass from a command line; ValueError in one line for what is wrong. None: the program's own arguments."
     args, complaint = sys.argv[1:] if args is None else args, io.StringIO()
     for name, kind in get_type_hints(config).items():
-        if get_origin(kind) is tuple and args.count(f"--{name}") > 1:
-            raise ValueError(f"--{name} is there {args.count(f'--{name}')} times: give all its values after one")
+        if get_origin(kind) is tuple and (times := sum(arg.split("=")[0] == f"--{name}" for arg in args)) > 1:
+            raise ValueError(f"--{name} is there {times} times: give all its values after one")
     try:
         with contextlib.redirect_stderr(complaint):
             return tyro.cli(config, prog=prog, args=args, use_underscores=True, **({} if default is None else {"default": default}))
@@ -430,7 +430,7 @@ def picture_settings(config: SampleConfig) -> list[dict]:
 def image_bytes(image: Image.Image, settings: dict, suffix: str = ".png") -> bytes:
     "A picture as the bytes of a file; in PNG, `settings` go into its text."
     file, info = io.BytesIO(), PngInfo()
-    info.add_text("tinydiff", json.dumps(settings))
+    info.add_text("tinydiff", json.dumps(settings, default=lambda number: number.item()))  # numpy's numbers, too
     image.save(file, "jpeg" if suffix.lower() in (".jpg", ".jpeg") else suffix[1:], pnginfo=info, quality=95)
     return file.getvalue()
 
@@ -439,8 +439,8 @@ def write_image(image: Image.Image, settings: dict, path: Path) -> Path:
     "A picture file in one piece; a PNG where the picture is too large for what `path` asks for. Returns its path."
     try:
         content = image_bytes(image, settings, path.suffix)
-    except (ValueError, OSError):  # WebP's sides end at 16,383 pixels, JPEG's at 65,535
-        path, content = path.with_suffix(".png"), image_bytes(image, settings)
+    except (ValueError, OSError):  # WebP's sides end at 16,383 pixels, JPEG's at 65,500
+        path, content = path.with_name(path.name + ".png"), image_bytes(image, settings)
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(content)
     partial.replace(path)

@@ -349,7 +349,7 @@ def fetch(
     from huggingface_hub import snapshot_download
 
     parts = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-    alone = ("model_index.json", "config.json", "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json")
+    alone = ("model_index.json", "config.json", "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
     try:
         download = lambda wanted: Path(snapshot_download(hub_id, revision=revision, allow_patterns=wanted))
         weights = [f"{name}.safetensors" for name in WEIGHTS]

@@ -1519,8 +1519,8 @@ def read_config(args: list[str]) -> TrainConfig:
         raise ValueError("--resume goes on with the run's own configuration: leave --preset out")
     default = stored_config(known.out) if known.resume else PRESETS[known.preset or "laptop"]
     config = read_flags(TrainConfig, "tinydiff-train", rest + (["--out", known.out] if known.out else []), default)
-    if config.dataset == "scenes" and not known.resume and "--flip" not in rest:
-        config = dataclasses.replace(config, flip=False)  # whatever the preset does with photographs: "left of" would become a lie
+    if config.dataset in ("scenes", "emoji") and not known.resume and "--flip" not in rest:
+        config = dataclasses.replace(config, flip=False)  # whatever the preset does with photographs: "left" would become a lie
     return dataclasses.replace(config, resume=known.resume)
 
 # %% ../nbs/11_train.ipynb #2ecdcd73
