@@ -168,7 +168,7 @@ def test_no_network(monkeypatch):
     def fail(*args, **kwargs): raise ConnectionError("name or service not known")
     monkeypatch.setattr(datasets, "load_dataset", fail)
     for name in ("flickr30k", "someone/something"):
-        with pytest.raises(FileNotFoundError, match="^cannot reach .*/.*; offline data sets are scenes and emoji, or pass a local folder$"):
+        with pytest.raises(FileNotFoundError, match="^there is no folder .*/.*, and the hub cannot be reached; offline data sets are scenes and emoji, or pass a local folder$"):
             load_captioned_images(name)
 
 
@@ -176,8 +176,9 @@ def test_no_network(monkeypatch):
     ({"name": "flikr30k"}, "there is no data set 'flikr30k'; allowed: scenes, emoji, .*did you mean 'flickr30k'"),
     ({"split": "training"}, "allowed: train, validation, test, heldout"),
     ({"name": "emoji", "split": "test"}, "allowed: train, validation"),
-    ({"image_size": 0}, "image_size is 0; it must be positive"),
-    ({"subset_size": 0}, "subset_size is 0; it must be at least 1"),
+    ({"image_size": 0}, "image_size is 0; it must be a whole number of at least 1"),
+    ({"subset_size": 0}, "subset_size is 0; it must be a whole number of at least 1"),
+    ({"image_size": 64.0}, "image_size is 64.0; it must be a whole number"), ({"image_size": "64"}, "image_size is '64'; it must be a whole number"),
     ({"image_size": 8}, "image_size 8 is too small for scenes; 16 or more"),
     ({"streaming": True, "shuffle_buffer": -3}, "shuffle_buffer is -3; it must be at least 0"),
     ({"caption_column": "text"}, "scenes has no columns"),
@@ -265,7 +266,8 @@ def test_a_picture_without_its_text_file_is_counted(tmp_path, rng):
     for name in "ab": noise(rng).save(tmp_path / f"{name}.png")
     with pytest.raises(FileNotFoundError, match="no captioned images"): load_captioned_images(str(tmp_path))
     (tmp_path / "b.txt").write_text("a boat")
-    items = load_captioned_images(str(tmp_path), image_size=8)
+    for name in ("._a.png", "._a.txt"): (tmp_path / name).write_bytes(b"\xff what macOS leaves on a stick")
+    items = load_captioned_images(tmp_path, image_size=8)
     with pytest.warns(UserWarning, match="no caption for .*a.png"): assert [item["caption"] for item in items] == ["a boat", "a boat"]
     assert "1 of 2 items skipped" in skipped_report(items) and "a.png" in skipped_report(items, names=None)
 

@@ -327,6 +327,23 @@ def test_attention_against_the_formula(rng):
     with pytest.raises(ValueError, match="10 cannot be split into 3 heads"): Attention(10, 3)
 
 
+def test_a_clip_reads_to_the_end_whatever_its_tokenizers_size(rng):
+    "The end of text is the last of the tokens there are, though the configuration allows for more."
+    tokenizer = CLIPTokenizer.train(["a red cat", "a blue dog"] * 4)
+    config = CLIPTextConfig()
+    assert tokenizer.end_id < config.eos_token_id
+    ids, encoder = tokenizer(["a red cat", "a blue dog"]), CLIPTextEncoder(config)
+    states = encoder(ids)
+    ends = [row.tolist().index(tokenizer.end_id) for row in ids]
+    assert min(ends) > 1 and torch.equal(encoder.pool(ids, states), torch.stack([states[i, end] for i, end in enumerate(ends)]))
+
+
+def test_a_timestep_may_be_a_number(rng):
+    unet = randomize(UNet(UNETS["laptop"]), rng)
+    x, context = randn(rng, 2, unet.config.in_channels, 8, 8), randn(rng, 2, 3, unet.config.cross_attention_dim)
+    close(unet(x, 500, context), unet(x, torch.tensor([500.0, 500.0]), context))
+
+
 @pytest.mark.parametrize("contexts", (1, 6))
 def test_contexts_that_do_not_fit_the_samples_are_refused(rng, contexts):
     block = randomize(SpatialTransformer(8, 2, 6, norm_num_groups=4), rng)

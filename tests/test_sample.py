@@ -508,6 +508,34 @@ def test_prompts_in_two_places(again, cli, folder):
     assert code == 2 and err == "error: --prompt is there 2 times: give all its values after one\n"
 
 
+def test_home_is_where_it_is_looked_for(cli, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert cli("--prompt", "a", "--checkpoint", folder, "--steps", 1, "--out", "~/pictures/a.png")[0] == 0
+    assert (tmp_path / "home/pictures/a.png").is_file() and not (tmp_path / "~").exists()
+
+
+def test_a_stream_that_is_left_early_leaves_no_trace(folder):
+    "Python closes its generator at the very end, when torch is half gone."
+    code = (f"from tinydiff.sample import TextToImage\nstates = TextToImage.from_pretrained({str(folder)!r}).stream('a', num_inference_steps=3)\n"
+            "print(next(states).latents.requires_grad)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "False\n", "")
+
+
+def test_a_compiled_network_can_be_saved(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "as it is")
+    pipe.vae = torch.compile(pipe.vae, backend="eager")
+    pipe.save_pretrained(tmp_path / "compiled")
+    name = "vae/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "compiled" / name).read_bytes() == (tmp_path / "as it is" / name).read_bytes()
+
+
+@pytest.mark.parametrize("module", ["sample", "playground"])
+def test_commands_run_as_modules(module):
+    done = subprocess.run([sys.executable, "-m", f"tinydiff.{module}", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "usage:" in done.stdout
+
+
 def test_a_prompt_alone_is_one_prompt():
     assert SampleConfig("a boat") == SampleConfig(("a boat",))
 

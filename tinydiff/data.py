@@ -338,7 +338,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".ti
 
 def read_sidecars(folder: Path) -> list[tuple[Path, list[str]]]:
     "Picture files with a text file of the same name beside them, one caption a line. One without such a file has no caption; if all are, they are no data set."
-    pictures = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    pictures = sorted(p for p in folder.rglob("[!.]*") if p.suffix.lower() in IMAGE_SUFFIXES)
     texts = [(p, p.with_suffix(".txt")) for p in pictures]
     def lines(text: Path) -> list[str]:
         try: return text.read_text(encoding="utf-8-sig").splitlines()
@@ -396,7 +396,7 @@ def open_repo(repo: str, split: str, cache_dir: str | None = None, streaming: bo
     except datasets.exceptions.DatasetNotFoundError as e:  # there is none; or one must ask for it first
         raise FileNotFoundError(f"{repo}: {' '.join(str(e).split())}") from None
     except ConnectionError:
-        raise FileNotFoundError(f"cannot reach {repo}; offline data sets are scenes and emoji, or pass a local folder") from None
+        raise FileNotFoundError(f"there is no folder {repo}, and the hub cannot be reached; offline data sets are scenes and emoji, or pass a local folder") from None
     except (datasets.exceptions.DatasetsError, ValueError, RuntimeError, OSError) as e:
         raise ValueError(f"cannot load {repo}: {' '.join(str(e.__cause__ or e).split())}") from None
 
@@ -491,12 +491,12 @@ def load_captioned_images(
 
     ValueError or FileNotFoundError, in one line, for a name, split, column or size that cannot be used.
     """
-    if image_size < 1: raise ValueError(f"image_size is {image_size}; it must be positive")
-    if subset_size is not None and subset_size < 1: raise ValueError(f"subset_size is {subset_size}; it must be at least 1")
+    if type(image_size) is not int or image_size < 1: raise ValueError(f"image_size is {image_size!r}; it must be a whole number of at least 1")
+    if subset_size is not None and (type(subset_size) is not int or subset_size < 1): raise ValueError(f"subset_size is {subset_size!r}; it must be a whole number of at least 1")
     if shuffle_buffer < 0: raise ValueError(f"shuffle_buffer is {shuffle_buffer}; it must be at least 0")
     if not streaming and (shuffle_buffer, rank, world) != (0, 0, 1): raise ValueError("shuffle_buffer, rank and world are for streaming=True")
     if not 0 <= rank < world: raise ValueError(f"rank is {rank}; it must be in [0, {world})")
-    rows, read = find_rows(name, split, image_size, cache_dir, streaming, image_column, caption_column, seed)
+    rows, read = find_rows(str(name), split, image_size, cache_dir, streaming, image_column, caption_column, seed)
     if subset_size is not None:
         rows = Subset(rows, range(min(subset_size, len(rows)))) if hasattr(rows, "__len__") else rows.take(subset_size)
     if not streaming: return CaptionedImages(rows, read, image_size, seed)

@@ -706,7 +706,7 @@ def plot_sweep(records: list[dict]):
 # %% ../nbs/13_evaluate.ipynb #84a4c8f4
 def run_exams(config: EvalConfig) -> list[dict]:
     "Every combination: prints a table of each, and writes results.json, answers.json, failures and (of several) a figure into `config.out`."
-    device, out = choose_device(config.device), Path(config.out)
+    device, out = choose_device(config.device), Path(config.out).expanduser()
     for chosen in config.combinations():
         started(open_checkpoint(chosen["checkpoint"], chosen["scheduler"], device).scheduler, chosen["steps"])  # all mistakes before the first picture
     reader, records, read = load_reader(device=device), [], []

@@ -81,6 +81,7 @@ class Muon(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.99),  # AdamW's
         weight_decay: float = 0.01,  # lambda
     ):
+        if not isinstance(model, nn.Module): raise TypeError(f"Muon takes the model, whose layers say what is a matrix, not its parameters; got {type(model).__name__}")
         groups = [{"params": ps, "update": name} for name, ps in zip(("muon", "adamw"), matrices_and_rest(model)) if ps]
         super().__init__(groups, dict(lr=lr, momentum=momentum, betas=betas, weight_decay=weight_decay))
 

@@ -812,3 +812,7 @@ def main():
         notebook = Path(folder) / "tinydiff.ipynb"
         write_notebook(notebook, checkpoints)
         Voila.launch_instance(voila_arguments(config, notebook), tornado_settings={"headers": {"Content-Security-Policy": HERE_ONLY}, "websocket_max_message_size": 2**28})  # photos are large
+
+
+if __name__ == "__main__" and "__file__" in globals():
+    main()

@@ -190,14 +190,15 @@ class Pipeline:
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float32):
         "Write the folder that `from_pretrained` and diffusers' StableDiffusionPipeline open."
+        folder = Path(folder).expanduser()
         for part in PARTS:
-            save_component(getattr(self, part), Path(folder) / part, dtype)
-        write_json(Path(folder) / "model_index.json", model_index(self.scheduler))
+            save_component(getattr(self, part), folder / part, dtype)
+        write_json(folder / "model_index.json", model_index(self.scheduler))
 
-    def to(self, *where: str | torch.device | torch.dtype):
+    def to(self, *where: str | torch.device | torch.dtype, **named):
         "Move the three networks to a device, or round their weights, or both. On a CPU a pixel's channels lie side by side, which is faster there."
         for model in (self.unet, self.vae, self.text_encoder):
-            model.to(*where)
+            model.to(*where, **named)
             model.to(memory_format=torch.channels_last if self.device.type == "cpu" else torch.contiguous_format)
         return self
 
@@ -265,7 +266,6 @@ class Sampler(Pipeline):
     def encode_prompt(self, prompts: list[str]) -> Tensor:  # -> (batch, length, hidden_size)
         return self.text_encoder(self.tokenizer(prompts).to(self.device))
 
-    @torch.no_grad()
     def walk(
         self,
         latents: Tensor,  # (batch, channels, height, width) at the first of the scheduler's timesteps
@@ -274,10 +274,11 @@ class Sampler(Pipeline):
         scheduler: Scheduler,  # with its timesteps set
         generators: list[torch.Generator] | None = None,  # one for each picture; DDPM needs fresh noise
     ) -> Iterator[SampleState]:
-        "Ask, step, repeat. The next step starts from the state's latents, whatever the listener made of them."
+        "Ask, step, repeat. The next step starts from the state's latents, whatever the listener made of them (but a step of Heun's, which asks twice, from where it began)."
         for step, t in enumerate(scheduler.timesteps, start=1):
-            prediction = guided_prediction(self.unet, latents, t.to(self.device), context, guidance_scale)
-            out = scheduler.step(prediction, t, latents, generators)
+            with torch.no_grad():
+                prediction = guided_prediction(self.unet, latents, t.to(self.device), context, guidance_scale)
+                out = scheduler.step(prediction, t, latents, generators)
             state = SampleState(step, float(t), out.prev_sample, out.pred_original_sample)
             yield state
             latents = state.latents
@@ -372,7 +373,7 @@ def is_folder(out: str) -> bool:
 @dataclass(frozen=True)
 class SampleConfig:
     "Draw pictures of prompts."
-    prompt: tuple[str, ...]  # one prompt or several; "" draws whatever the model likes
+    prompt: tuple[str, ...]  # one prompt or several; "" draws whatever the model likes; what is longer than the model reads (30 pieces of words, of the bundled ones) is cut
     checkpoint: str = "tiny"  # tiny, tiny-ddpm, tiny-128 (pixels), a folder, or a model of the Hugging Face hub (organization/name)
     revision: str | None = None  # of a model of the hub: a branch, a tag or a commit
     out: str = "sample.png"  # a picture file: one picture, or a sheet of several; or a folder: one PNG each
@@ -455,7 +456,8 @@ def read_settings(path: str | Path | io.BytesIO) -> dict:
 # %% ../nbs/12_sample.ipynb #2498dd26
 def folder_for(out: str) -> Path:
     "The folder that pictures go into; ValueError where it could not be made or written."
-    folder = Path(out) if is_folder(out) else Path(out).parent
+    path = Path(out).expanduser()
+    folder = path if is_folder(str(path)) or is_folder(out) else path.parent
     there = next(path for path in (folder, *folder.parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ValueError(f"--out {out} cannot be written: {there} is {'write-protected' if there.is_dir() else 'no folder'}")
@@ -464,7 +466,7 @@ def folder_for(out: str) -> Path:
 
 def write_images(images: list[Image.Image], settings: list[dict], out: str) -> Path:
     "Into one file (several become a sheet), or into a folder, one PNG each; folders are made. Returns where."
-    path, folder = Path(out), folder_for(out)
+    path, folder = Path(out).expanduser(), folder_for(out)
     folder.mkdir(parents=True, exist_ok=True)
     if folder == path:
         for i, (image, chosen) in enumerate(zip(images, settings)):
@@ -541,4 +543,8 @@ def start_app():
         from tinydiff.playground import main
     except ModuleNotFoundError as missing:
         raise ValueError(f"tinydiff-app needs another package: pip install {missing.name}") from None
+    main()
+
+
+if __name__ == "__main__" and "__file__" in globals():
     main()

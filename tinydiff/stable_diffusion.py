@@ -221,7 +221,7 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], where: str | Path
 # %% ../nbs/15_stable_diffusion.ipynb #c12fc55f
 def save_component(model: nn.Module | CLIPTokenizer | Scheduler, folder: str | Path, dtype: torch.dtype = torch.float32):
     "Write one part of a pipeline as diffusers and transformers do: a configuration, and safetensors weights in `dtype`."
-    folder = Path(folder)
+    folder, model = Path(folder), getattr(model, "_orig_mod", model)  # what torch.compile has wrapped
     if isinstance(model, CLIPTokenizer):
         return model.save(folder)
     if isinstance(model, Scheduler):

@@ -31,6 +31,7 @@ import functools
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import platform
 import shutil
@@ -142,7 +143,7 @@ class EMA:
 @dataclass(frozen=True)
 class RunOptions:
     "What is trained, and where it is kept."
-    preset: Literal["laptop", "gpu"] = "laptop"  # which defaults; any flag overrides them
+    preset: Literal["laptop", "gpu"] = "laptop"  # which defaults; any flag overrides them (in Python, begin with PRESETS["gpu"])
     stage: Literal["vae", "clip", "diffusion", "all"] = "diffusion"
     out: str | None = None  # the run's folder; None: runs/DATASET-SCHEDULER-TIME
     resume: bool = False  # go on with the run in --out
@@ -1397,7 +1398,7 @@ def open_run(config: TrainConfig, device: torch.device, rank: int = 0, world: in
 # %% ../nbs/11_train.ipynb #1ed2f66c
 def with_folder(config: TrainConfig, world: int = 1) -> TrainConfig:
     "The configuration with its folder named; all processes hear the first one's name."
-    out = [config.out or f"runs/{Path(config.dataset).resolve().name}-{config.scheduler}-{time.strftime('%Y%m%d-%H%M%S')}"]
+    out = [str(Path(config.out).expanduser()) if config.out else f"runs/{Path(config.dataset).resolve().name}-{config.scheduler}-{time.strftime('%Y%m%d-%H%M%S')}"]
     if world > 1:
         torch.distributed.broadcast_object_list(out)
     return dataclasses.replace(config, out=out[0])
@@ -1439,6 +1440,9 @@ def explained(stage: str, run: Run) -> Iterator[None]:
         text = str(error)
         if run.config.compile and type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
             raise ValueError(f"--compile failed ({text.splitlines()[0]}): leave it out with --resume --no_compile --out {run.folder}") from None
+        if "DataLoader worker" in text and multiprocessing.get_start_method() != "fork":  # macOS; Python 3.14
+            raise ValueError(f"a process that reads pictures could not start or was killed ({text.splitlines()[0]}): a script must call train() under "
+                             "`if __name__ == '__main__':`; or choose num_workers=0, or less memory") from None
         if "DataLoader worker" in text:
             raise ValueError(f"a process that reads pictures was killed, most likely for want of memory ({text.splitlines()[0]}): lower --num_workers ({reading_processes(run.config, run.device)}) "
                              f"or --{size}, or give a container more shared memory; then go on with --resume --out {run.folder}") from None
@@ -1456,7 +1460,10 @@ def explained(stage: str, run: Run) -> Iterator[None]:
 
 # %% ../nbs/11_train.ipynb #40175a0f
 def train(config: TrainConfig) -> Path:
-    "All stages that the configuration asks for; returns the run's folder, a checkpoint that `TextToImage` opens after stage diffusion."
+    """All stages that the configuration asks for; returns the run's folder, a checkpoint that `TextToImage` opens after stage diffusion.
+
+    To go on with a run: `train(dataclasses.replace(stored_config(folder), out=folder, resume=True))`, with whatever shall change.
+    """
     device, rank, world = join_processes(config)
     if device.type == "cpu":
         keep_freed_memory()

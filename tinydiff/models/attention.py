@@ -145,7 +145,7 @@ class FeedForward(nn.Module):
 # %% ../../nbs/07_attention.ipynb #98b8608a
 def repeat_like(x: Tensor, other: Tensor) -> Tensor:
     "`x` (batch, ...) over and over, until it has as many rows as `other`."
-    copies, rest = divmod(len(other), len(x))
+    copies, rest = len(other) // len(x), len(other) % len(x)
     if rest or not copies: raise ValueError(f"{len(x)} samples need as many contexts, or a multiple; got {len(other)}")
     return x if copies == 1 else torch.cat([x] * copies)
 

@@ -52,7 +52,7 @@ def train_merges(captions: Iterable[str], vocab_size: int) -> tuple[dict[str, in
 
 # %% ../../nbs/09_clip.ipynb #92d29eab
 class CLIPTokenizer:
-    "Captions to fixed-length token ids, as CLIP's: start, the words' byte pairs, end, and padding (CLIP's is the end again; OpenCLIP's, and so Stable Diffusion 2's, is `!`)."
+    "Captions to fixed-length token ids, as CLIP's: start, the words' byte pairs, end, and padding; what does not fit is cut (CLIP's padding is the end again; OpenCLIP's, and so Stable Diffusion 2's, is `!`)."
 
     def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], max_length: int = 77, pad: str = END):
         self.vocab, self.merges, self.max_length, self.pad = vocab, merges, max_length, pad
@@ -162,9 +162,8 @@ class CLIPTextEncoder(nn.Module):
         return self.final_layer_norm(x)
 
     def pool(self, ids: Tensor, states: Tensor) -> Tensor:
-        "The state at each caption's first end-of-text token, (batch, hidden_size): it has read the whole caption."
-        first_end = (ids == self.config.eos_token_id).int().argmax(dim=1)
-        return states[torch.arange(len(ids), device=ids.device), first_end]
+        "The state at each caption's first end-of-text token, (batch, hidden_size): it has read the whole caption. That token is the vocabulary's last."
+        return states[torch.arange(len(ids), device=ids.device), ids.argmax(dim=1)]
 
 # %% ../../nbs/09_clip.ipynb #a8266f79
 @dataclass(frozen=True)

@@ -166,9 +166,10 @@ class UNet(nn.Module):
     def forward(
         self,
         sample: Tensor,  # (batch, in_channels, height, width) noisy latents
-        timesteps: Tensor,  # (batch,) or a scalar, in [0, 1000]
+        timesteps: Tensor | float,  # (batch,) or a scalar, in [0, 1000]
         context: Tensor,  # (batch or a multiple of it, length, cross_attention_dim) states of the text encoder
     ) -> Tensor:  # (batch, out_channels, height, width); several texts for each sample: text by text
+        timesteps = torch.as_tensor(timesteps, device=sample.device)
         if timesteps.numel() > 1: sample, timesteps = repeat_like(sample, context), repeat_like(timesteps, context)
         time = self.time_embedding(timesteps.reshape(-1))
         sample, context = (x.to(self.conv_in.weight.dtype) for x in (sample, context))
