@@ -109,7 +109,6 @@ class Muon(torch.optim.Optimizer):
         "Equation (3)'s directions."
         beta1, beta2 = group["betas"]
         m, v = averages(states, "exp_avg", grads, beta1), averages(states, "exp_avg_sq", torch._foreach_mul(grads, grads), beta2)
-        ks = counts(states)
-        size = torch._foreach_sqrt(torch._foreach_div(v, [1 - beta2**k for k in ks]))
+        size = torch._foreach_sqrt(torch._foreach_div(v, [1 - beta2**k for k in (ks := counts(states))]))
         torch._foreach_add_(size, 1e-8)
         return torch._foreach_div(torch._foreach_div(m, [1 - beta1**k for k in ks]), size)

@@ -553,8 +553,7 @@ class Run:
         "The step; ValueError where processes would go on from different ones, as where a disk that they share has not caught up."
         if self.world > 1:
             torch.distributed.all_reduce(ends := torch.tensor([step, -step]), torch.distributed.ReduceOp.MAX)
-            if ends.sum():
-                raise ValueError(f"process {self.rank} would go on from step {step} and another one not: all must see the same checkpoints in {self.folder}")
+            if ends.sum(): raise ValueError(f"process {self.rank} would go on from step {step} and another one not: all must see the same checkpoints in {self.folder}")
         return step
 
 # %% ../nbs/11_train.ipynb #1eb422ca

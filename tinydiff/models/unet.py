@@ -173,8 +173,7 @@ class UNet(nn.Module):
         if timesteps.numel() > 1: sample, timesteps = repeat_like(sample, context), repeat_like(timesteps, context)
         time = self.time_embedding(timesteps.reshape(-1))
         sample, context = (x.to(self.conv_in.weight.dtype) for x in (sample, context))
-        x = self.conv_in(sample)
-        skips = [x]
+        skips = [x := self.conv_in(sample)]
         for block in self.down_blocks:
             x, more = self.run(block, x, time, context)
             skips += more
