@@ -108,7 +108,7 @@ class Muon(torch.optim.Optimizer):
     def adamw(self, states: list[dict], grads: list[Tensor], group: dict) -> list[Tensor]:
         "Equation (3)'s directions."
         beta1, beta2 = group["betas"]
-        m, v = averages(states, "exp_avg", grads, beta1), averages(states, "exp_avg_sq", torch._foreach_mul(grads, grads), beta2)
-        size = torch._foreach_sqrt(torch._foreach_div(v, [1 - beta2**k for k in (ks := counts(states))]))
+        m, v, ks = averages(states, "exp_avg", grads, beta1), averages(states, "exp_avg_sq", torch._foreach_mul(grads, grads), beta2), counts(states)
+        size = torch._foreach_sqrt(torch._foreach_div(v, [1 - beta2**k for k in ks]))
         torch._foreach_add_(size, 1e-8)
         return torch._foreach_div(torch._foreach_div(m, [1 - beta1**k for k in ks]), size)
