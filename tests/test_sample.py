@@ -508,6 +508,13 @@ def test_prompts_in_two_places(again, cli, folder):
     assert code == 2 and err == "error: --prompt is there 2 times: give all its values after one\n"
 
 
+def test_a_prompt_that_is_cut_says_so(cli, folder):
+    common = ("--checkpoint", folder, "--steps", 1, "--out", "a.png", "--prompt", "a red boat")
+    assert "note:" not in cli(*common)[2]
+    code, _, err = cli(*common, "a red boat at night " * 20)
+    assert code == 0 and "note: of 'a red boat at night a red boat" in err and "the model reads no more than 'a red boat at night" in err and err.count("note:") == 1
+
+
 def test_home_is_where_it_is_looked_for(cli, folder, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert cli("--prompt", "a", "--checkpoint", folder, "--steps", 1, "--out", "~/pictures/a.png")[0] == 0

@@ -554,6 +554,14 @@ def test_what_ends_a_stage(base, tmp_path, monkeypatch, capsys, error, message):
     assert status == 2 and len(said) == 1 and re.search(message, said[0])
 
 
+def test_a_script_that_every_reader_runs_again(base, tmp_path, monkeypatch):
+    "Where processes do not fork, a script without a guard starts itself in each reader, which ends at once."
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda: "spawn")
+    run = Run(on(base), tmp_path, torch.device("cpu"), False)
+    with pytest.raises(ValueError, match="must call train.. under `if __name__ == '__main__':`"), explained("vae", run):
+        raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
+
+
 def test_compiling_without_a_compiler(base, tmp_path):
     run = Run(on(base, compile=True), tmp_path, torch.device("cpu"), False)
     with pytest.raises(ValueError, match="--compile failed .*no compiler.*leave it out with --resume --no_compile --out"), tinydiff.train.explained("diffusion", run):

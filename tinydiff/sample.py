@@ -502,6 +502,9 @@ def sample(config: SampleConfig) -> Path:
     pipe = TextToImage.from_pretrained(checkpoint, device, config.revision, PRECISIONS[config.precision])
     pipe.scheduler = choose_sampler(pipe.scheduler, config.scheduler)
     folder_for(config.out)  # before all is drawn
+    for prompt in config.prompt:
+        if not pipe.tokenizer.fits(prompt):
+            print(f"note: of {prompt!r:.60} the model reads no more than {pipe.tokenizer.decode(pipe.tokenizer(prompt)[0])!r:.200}", file=sys.stderr)
     try:
         images = pipe(list(config.prompt), negative_prompt=config.negative_prompt, num_inference_steps=config.steps, seed=config.seed,
                       guidance_scale=config.guidance_scale, num_images=config.num_images, height=config.height, width=config.width, progress=True)

@@ -75,6 +75,10 @@ class CLIPTokenizer:
             row[1 : 1 + len(words)] = torch.tensor(words)
         return ids
 
+    def fits(self, caption: str) -> bool:
+        "Whether all of a caption is read; else its end is cut."
+        return len(self.tokenizer.encode(caption.encode("utf-8", "replace").decode(), add_special_tokens=False).ids) <= self.max_length - 2
+
     def decode(self, ids: Tensor) -> str:  # (length,): what stands before the end
         words = [i for i in ids.tolist() if i != self.start_id]
         return self.tokenizer.decode(words[: words.index(self.end_id)] if self.end_id in words else words).strip()
