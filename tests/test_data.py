@@ -131,6 +131,11 @@ def test_a_column_without_pictures(tmp_path, rng, column, complaint, streaming):
     assert "\n" not in str(e.value)
 
 
+def test_sizes_of_numpy():
+    items = load_captioned_images(image_size=np.int64(32), subset_size=np.int32(3))
+    assert len(items) == 3 and items[0]["pixel_values"].shape == (3, 32, 32)
+
+
 def test_a_column_without_text(tmp_path, rng):
     rows = [{"image": noise(rng), "label": i, "text": "a", "title": "b"} for i in range(2)]
     repo = write_repo(tmp_path / "repo", rows, "train")

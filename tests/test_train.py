@@ -186,6 +186,16 @@ def test_stage_diffusion_begun_anew(base, tmp_path):
     assert same_parts(base, train(read_config(["--resume", "--stage", "diffusion", "--out", str(run)])))
 
 
+def test_a_run_at_home(base, tmp_path, monkeypatch, capsys):
+    "As it is written, and as it is resumed, where the shell leaves the ~ as it is."
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    train(on(base, out="~/run"))
+    status, _, said = run_command(monkeypatch, capsys, tinydiff.train.main, "--resume", "--steps", "3", "--out=~/run")
+    assert status == 0, said
+    assert (tmp_path / "run/checkpoints/diffusion/0000003").is_dir() and not (tmp_path / "~").exists()
+
+
 def test_parts_that_count_at_the_start_alone(base, tmp_path, monkeypatch, capsys):
     "A resumed run that is given another UNet says that it goes on with its own."
     run, twin = (train(on(base, out=str(tmp_path / name))) for name in ("run", "twin"))

@@ -9,10 +9,10 @@ __all__ = ['UNREADABLE', 'EMOJI_WORDINGS', 'IMAGE_COLUMNS', 'CAPTION_COLUMNS', '
            'Dealt', 'shuffled', 'dealt', 'StreamedImages', 'read_scene', 'with_article', 'emoji_captions', 'unknown',
            'import_or_say', 'emoji_rows', 'choose_columns', 'parse_rows', 'read_metadata', 'read_sidecars',
            'folder_rows', 'HubDataset', 'open_repo', 'read_hub_row', 'Grouped', 'hub_rows', 'is_folder', 'find_rows',
-           'load_captioned_images', 'show_items']
+           'is_whole', 'load_captioned_images', 'show_items']
 
 # %% ../nbs/02_data.ipynb #704b8326
-import csv, difflib, importlib, io, json, os, random, re, struct, warnings, zlib
+import csv, difflib, importlib, io, json, numbers, os, random, re, struct, warnings, zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -473,6 +473,11 @@ def find_rows(name: str, split: str, image_size: int, cache_dir: str | None, str
     return hub_rows(replace(source, **columns), split, cache_dir, streaming)
 
 # %% ../nbs/02_data.ipynb #a1190e9f
+def is_whole(value) -> bool:
+    "Whether it is a whole number, Python's or numpy's."
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
 def load_captioned_images(
     name: str = "scenes",               # scenes, emoji, a key of `DATASETS`, another hub id, or a folder
     split: str = "train",               # train, validation, test (scenes: also heldout, train-25, train-50)
@@ -491,8 +496,8 @@ def load_captioned_images(
 
     ValueError or FileNotFoundError, in one line, for a name, split, column or size that cannot be used.
     """
-    if type(image_size) is not int or image_size < 1: raise ValueError(f"image_size is {image_size!r}; it must be a whole number of at least 1")
-    if subset_size is not None and (type(subset_size) is not int or subset_size < 1): raise ValueError(f"subset_size is {subset_size!r}; it must be a whole number of at least 1")
+    if not is_whole(image_size) or image_size < 1: raise ValueError(f"image_size is {image_size!r}; it must be a whole number of at least 1")
+    if subset_size is not None and (not is_whole(subset_size) or subset_size < 1): raise ValueError(f"subset_size is {subset_size!r}; it must be a whole number of at least 1")
     if shuffle_buffer < 0: raise ValueError(f"shuffle_buffer is {shuffle_buffer}; it must be at least 0")
     if not streaming and (shuffle_buffer, rank, world) != (0, 0, 1): raise ValueError("shuffle_buffer, rank and world are for streaming=True")
     if not 0 <= rank < world: raise ValueError(f"rank is {rank}; it must be in [0, {world})")

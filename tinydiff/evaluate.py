@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from .data import image_to_tensor, tensor_to_images
+from .data import image_to_tensor, is_whole, tensor_to_images
 from .models.vae import AutoencoderKL
 from tinydiff.sample import (
     BUNDLED, SAMPLERS, TextToImage, check_counts, check_scale, choose_device, choose_sampler, contact_sheet, guided_context, latent_shape,
@@ -625,7 +625,7 @@ class EvalConfig:
             raise ValueError("--checkpoint, --steps and --guidance_scale need at least one value each")
         if self.prompts > LIST_LENGTH or self.images > 100:
             raise ValueError(f"--prompts goes up to {LIST_LENGTH}, --images up to 100; got {self.prompts} and {self.images}")
-        if type(self.seed) is not int or not 0 <= self.seed < 2**62:
+        if not is_whole(self.seed) or not 0 <= self.seed < 2**62:
             raise ValueError(f"--seed must be a whole number from 0 to about 2^62; got {self.seed!r:.40}")
 
     def combinations(self) -> list[dict]:
@@ -684,7 +684,7 @@ def plot_sweep(records: list[dict]):
     "Fidelity against cost: the overall score of seen prompts and its interval, over the UNet calls of a picture; of a run's checkpoints, over their steps. A matplotlib figure."
     import matplotlib.pyplot as plt
     lines, paths = {}, {Path(r["checkpoint"]) for r in records}
-    curve = len(paths) > 1 and all(path.suffix == ".safetensors" for path in paths)
+    curve = len(paths) > 1 and all(path.suffix == ".safetensors" and path.parent.name.isdigit() for path in paths)
     for r in records:
         name, x = r["checkpoint"], r["unet_calls"]
         if curve:

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['BUNDLED', 'UNETS', 'PARTS', 'SAMPLERS', 'PICTURES', 'PRECISIONS', 'is_hub_id', 'open_folder', 'part_folder',
-           'part_folders', 'is_whole', 'latent_shape', 'picture_generators', 'start_noise', 'caption_lines',
-           'contact_sheet', 'guided_context', 'guided_prediction', 'model_index', 'Pipeline', 'check_counts',
-           'check_scale', 'check_negative', 'repeat_prompts', 'SampleState', 'started', 'Sampler', 'TextToImage',
-           'pick', 'film_strip', 'samplers_of', 'choose_sampler', 'is_folder', 'SampleConfig', 'first_complaint',
-           'read_flags', 'picture_settings', 'image_bytes', 'write_image', 'read_settings', 'folder_for',
-           'write_images', 'out_of_memory', 'choose_device', 'sample', 'one_line_errors', 'main', 'start_app']
+           'part_folders', 'latent_shape', 'picture_generators', 'start_noise', 'caption_lines', 'contact_sheet',
+           'guided_context', 'guided_prediction', 'model_index', 'Pipeline', 'check_counts', 'check_scale',
+           'check_negative', 'repeat_prompts', 'SampleState', 'started', 'Sampler', 'TextToImage', 'pick', 'film_strip',
+           'samplers_of', 'choose_sampler', 'is_folder', 'SampleConfig', 'first_complaint', 'read_flags',
+           'picture_settings', 'image_bytes', 'write_image', 'read_settings', 'folder_for', 'write_images',
+           'out_of_memory', 'choose_device', 'sample', 'one_line_errors', 'main', 'start_app']
 
 # %% ../nbs/12_sample.ipynb #1fdab62d
 import contextlib
@@ -37,7 +37,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import tinydiff
-from .data import tensor_to_images
+from .data import is_whole, tensor_to_images
 from .models.clip import CLIPTextEncoder, CLIPTokenizer
 from .models.unet import UNet
 from .models.vae import AutoencoderKL
@@ -93,11 +93,6 @@ def part_folders(checkpoint: str | Path, revision: str | None = None) -> dict[st
     return folders
 
 # %% ../nbs/12_sample.ipynb #b9dae14e
-def is_whole(value) -> bool:
-    "Whether it is a whole number, Python's or numpy's."
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
 def latent_shape(unet: UNet, vae: AutoencoderKL, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
     "Channels, height and width of one picture's latents; ValueError where the networks cannot halve them often enough."
     factor = vae.config.downsample_factor
@@ -410,7 +405,7 @@ def read_flags(config: type, prog: str, args: list[str] | None = None, default=N
     "A configuration dataclass from a command line; ValueError in one line for what is wrong. None: the program's own arguments."
     args, complaint = sys.argv[1:] if args is None else args, io.StringIO()
     for name, kind in get_type_hints(config).items():
-        if get_origin(kind) is tuple and (times := sum(arg.split("=")[0] == f"--{name}" for arg in args)) > 1:
+        if get_origin(kind) is tuple and (times := sum(arg.split("=")[0].replace("-", "_") == f"__{name}" for arg in args)) > 1:
             raise ValueError(f"--{name} is there {times} times: give all its values after one")
     try:
         with contextlib.redirect_stderr(complaint):

@@ -1498,9 +1498,9 @@ def train(config: TrainConfig) -> Path:
 # %% ../nbs/11_train.ipynb #8ed70f71
 def stored_config(out: str | None) -> TrainConfig:
     "The configuration of the run in a folder."
-    if out is None or not (Path(out) / "run.json").is_file():
+    if out is None or not (Path(out).expanduser() / "run.json").is_file():
         raise ValueError(f"--resume needs --out with the folder of a run; {out or 'none was given'}{' is none' if out else ''}")
-    stored = read_json(Path(out) / "run.json").get("config")
+    stored = read_json(Path(out).expanduser() / "run.json").get("config")
     if not isinstance(stored, dict):
         raise ValueError(f"{out}/run.json holds no configuration")
     try:
