@@ -12,10 +12,11 @@ __all__ = ['UNREADABLE', 'EMOJI_WORDINGS', 'IMAGE_COLUMNS', 'CAPTION_COLUMNS', '
            'is_whole', 'load_captioned_images', 'show_items']
 
 # %% ../nbs/02_data.ipynb #704b8326
-import csv, difflib, importlib, io, json, numbers, os, random, re, struct, warnings, zlib
+import csv, difflib, importlib, io, json, os, random, re, struct, warnings, zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -475,7 +476,7 @@ def find_rows(name: str, split: str, image_size: int, cache_dir: str | None, str
 # %% ../nbs/02_data.ipynb #a1190e9f
 def is_whole(value) -> bool:
     "Whether it is a whole number, Python's or numpy's."
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def load_captioned_images(
