@@ -61,7 +61,7 @@ def randomize(model, rng):
 def ours(rng):
     "A small pipeline of our own with random weights."
     models = (randomize(UNet(UNET), rng), randomize(AutoencoderKL(VAE), rng), randomize(CLIPTextEncoder(TEXT), rng))
-    return TextToImage(*models, TOKENIZER, SCHEDULERS["ddim"])
+    return TextToImage(*models, TOKENIZER, SCHEDULERS["ddim"]).to("cpu")  # in the layout of a pipeline from a folder
 
 
 @pytest.fixture
