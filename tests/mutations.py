@@ -30,7 +30,7 @@ def bug(pitfall, file, old, new, *tests):
 
 
 BASE, DDPM, FLOW = "schedulers/base.py", "schedulers/ddpm.py", "schedulers/flow_matching.py"
-S, M, F, T, P, X, D = (f"test_{name}.py::test_" for name in ("schedulers", "models", "folders", "train", "sample", "pitfalls", "data"))
+S, M, F, T, P, X, D, E = (f"test_{name}.py::test_" for name in ("schedulers", "models", "folders", "train", "sample", "pitfalls", "data", "evaluate"))
 RESUME = T + "resumed_equals_uninterrupted[vae-flip-grad_accum-vae_batch_size-batch_size]"
 NAIVE_NORM = """type("Naive", (nn.GroupNorm,), {"forward": lambda self, x: (
             (g := x.unflatten(1, (self.num_groups, -1)).flatten(2)), (m := g.mean(2, keepdim=True)),
@@ -124,7 +124,12 @@ MUTATIONS = [
     bug("pictures without a caption file that nobody counts", "data.py", "if t.exists() else []) for p, t in texts] if", ") for p, t in texts if t.exists()] if", D + "a_picture_without_its_text_file_is_counted"),
     bug("latents in bfloat16", "sample.py", "torch.promote_types(self.unet.conv_in.weight.dtype, torch.float32)", "self.unet.conv_in.weight.dtype", P + "half_precision"),
     bug("processes that hear of a signal where they report", "train.py", "stopped = run.any_process(bool(run.stop))", "stopped = report and run.any_process(bool(run.stop))", T + "two_processes_stop_at_once"),
-    bug("what one process alone skipped", "train.py", "stage.dataset.skipped |= skipped > 0", "pass", T + "what_either_process_skipped_is_named"),
+    bug("what one process alone skipped", "train.py", "dataset.skipped |= skipped > 0", "pass", T + "what_either_process_skipped_is_named"),
+    bug("skipped pictures forgotten when a run is killed", "train.py", "        recall_skipped(run.folder, dataset)", "        pass", T + "skipped_pictures_are_remembered_by_a_run_that_was_killed"),
+    bug("a finished run's parts overwritten while it goes on", "train.py", 'else ["diffusion"] if config.resume and steps_made(config.out, "diffusion") else', "else", T + "a_finished_run_that_goes_on_is_whole_all_the_while"),
+    bug("a VAE trained on below its UNet", "train.py", 'if begun and config.stage in ("vae", "clip"):', "if False:", T + "what_a_unet_stands_on_is_not_trained_any_more"),
+    bug("a model overwritten by a run", "train.py", '("run.json", "model_index.json", "checkpoints/*/[0-9]*")', '("run.json",)', T + "neither_a_model_nor_checkpoints_alone_are_overwritten"),
+    bug("copies looked for in another training set", "evaluate.py", 'if settings.get("dataset") == "scenes" else', "if False else", E + "copies_are_looked_for_where_a_run_was_trained"),
     bug("processes that all encode everything", "train.py", "items.tensor_split(len(shares))[run.rank])", "items)", T + "two_processes_share_the_encoding"),
     bug("gathered rows whose gradients stay with one process", "train.py", "torch.distributed.all_reduce(total := gradient.clone(memory_format=torch.contiguous_format))", "total = gradient", T + "two_processes_are_like_one[adamw-1e-06-clip]"),
     bug("pictures for validation that are trained on", "data.py", "FOLDER_SPLITS[name.lower()] for name in within if name.lower() in FOLDER_SPLITS", "FOLDER_SPLITS[name] for name in within[:1] if name in FOLDER_SPLITS", D + "no_picture_for_validation_is_trained_on"),
@@ -138,8 +143,9 @@ MUTATIONS = [
     bug("a run's step with weights that only taught", "evaluate.py", ' if not name.startswith("sketch.")', "", T + "a_sketch_is_for_text_encoders_that_learn"),
     # --- CLIP
     bug("equal captions as negatives", "models/clip.py", "same = (ids[:, None] == ids[None]).all(dim=-1).float()", "same = torch.eye(len(ids))", M + "equal_captions_are_not_negatives"),
-    bug("temperature without exp", "models/clip.py", "self.logit_scale.clamp(max=math.log(100)).exp()", "self.logit_scale.clamp(max=math.log(100))", M + "temperature_is_exponentiated_and_clamped"),
-    bug("temperature unclamped", "models/clip.py", "self.logit_scale.clamp(max=math.log(100)).exp()", "self.logit_scale.exp()", M + "temperature_is_exponentiated_and_clamped"),
+    bug("temperature without exp", "models/clip.py", "return s.exp() * gather", "return s * gather", M + "temperature_is_exponentiated_and_clamped"),
+    bug("temperature unclamped", "models/clip.py", "s = s + (s.clamp(max=math.log(100)) - s).detach()", "pass", M + "temperature_is_exponentiated_and_clamped"),
+    bug("temperature that cannot come down", "models/clip.py", "s = s + (s.clamp(max=math.log(100)) - s).detach()", "s = s.clamp(max=math.log(100))", M + "temperature_is_exponentiated_and_clamped"),
     bug("special tokens in capitals", "models/clip.py", "pre_tokenizers.ByteLevel(add_prefix_space=False)]", "pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]", F + "tokenizer_equals_transformers"),
     bug("another tokenizer after resuming", "models/clip.py", "special_tokens=base", "initial_alphabet=letters", M + "equal_captions_give_equal_merges"),
     # --- GPUs

@@ -185,7 +185,7 @@ def test_no_network(monkeypatch):
     ({"subset_size": 0}, "subset_size is 0; it must be a whole number of at least 1"),
     ({"image_size": 64.0}, "image_size is 64.0; it must be a whole number"), ({"image_size": "64"}, "image_size is '64'; it must be a whole number"),
     ({"image_size": 8}, "image_size 8 is too small for scenes; 16 or more"),
-    ({"streaming": True, "shuffle_buffer": -3}, "shuffle_buffer is -3; it must be at least 0"),
+    ({"streaming": True, "shuffle_buffer": -3}, "shuffle_buffer is -3; it must be a whole number of at least 0"),
     ({"caption_column": "text"}, "scenes has no columns"),
 ])
 def test_mistakes(arguments, message):
@@ -222,6 +222,23 @@ def test_tables_with_different_columns(tmp_path):
     for name in ("caption", "label"): datasets.Dataset.from_dict({"image": ["a"], name: ["b"]}).to_parquet(tmp_path / f"train-{name}.parquet")
     with pytest.raises(ValueError, match="^cannot load .*column") as e: data.open_repo(str(tmp_path), "train", cache_dir=str(tmp_path / "cache"))
     assert "\n" not in str(e.value)
+
+
+def test_a_table_beside_captioned_pictures(tmp_path, rng):
+    "Downloaders leave parquet files of what they did beside pictures with their text files."
+    datasets = pytest.importorskip("datasets")
+    (tmp_path / "00000").mkdir()
+    noise(rng).save(tmp_path / "00000/1.png"); (tmp_path / "00000/1.txt").write_text("a boat")
+    datasets.Dataset.from_dict({"url": ["a"], "status": ["b"]}).to_parquet(tmp_path / "00000.parquet")
+    assert [item["caption"] for item in load_captioned_images(str(tmp_path), image_size=8)] == ["a boat"]
+
+
+def test_captions_that_are_no_texts(tmp_path, rng):
+    datasets = pytest.importorskip("datasets")
+    noise(rng).save(tmp_path / "0.png")
+    rows = [{"image": {"bytes": (tmp_path / "0.png").read_bytes(), "path": None}, "sentences": [{"raw": "a boat"}]}]
+    write_repo(tmp_path / "repo", rows, "train")
+    with pytest.raises(ValueError, match="'sentences' holds no text"): load_captioned_images(str(tmp_path / "repo"), image_size=8, cache_dir=str(tmp_path / "cache"))
 
 
 def test_folder_that_is_not_there(tmp_path):
@@ -325,8 +342,18 @@ def test_broken_files(tmp_path, rng):
             def __getitem__(self, i): return list.__getitem__(self, i) if i else (_ for _ in ()).throw(error("odd"))
         odd = CaptionedImages(Rows([None, (tmp_path / "whole.jpg", ["whole"])]), read_file, 8)
         with pytest.warns(UserWarning, match="item 0 skipped: odd"): assert odd[0]["caption"] == "whole"
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match="none of the 2 items"):
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="none of the 2 items .*: item 0 skipped: .*missing.png"):
         CaptionedImages([(tmp_path / names[0], ["a"])] * 2, read_file, 8)[0]
+
+
+def test_a_bad_row_is_tried_once(tmp_path, rng):
+    "A thousand pictures that are missing are a thousand attempts, not half a million."
+    noise(rng).save(tmp_path / "whole.png")
+    tried = []
+    def read(row): tried.append(row); return read_file((tmp_path / row, ["a"]))
+    items = CaptionedImages(["missing.png"] * 40 + ["whole.png"], read, 8)
+    with pytest.warns(UserWarning, match="skipped"): assert [len(item) for item in items] == [2] * 41
+    assert tried.count("missing.png") == 40 and items.skipped.tolist() == [True] * 40 + [False]
 
 
 def test_turned_photos(rng):

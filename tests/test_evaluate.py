@@ -3,6 +3,7 @@ import dataclasses
 import hashlib
 import json
 import random
+import re
 import sys
 
 import numpy as np
@@ -308,6 +309,25 @@ def test_command(tmp_path, monkeypatch, capsys):
     mean = np.mean([np.mean(a["right"]) for a in answers[1] if a["category"] in ev.SIX and not a["heldout"]])
     assert second["scores"]["model"]["seen"]["overall"][0] == pytest.approx(100 * mean, abs=0.01)
     assert {path.name for path in out.iterdir()} == {"results.json", "answers.json", "failures-00.png", "failures-01.png", "failures-kept.png", "sweep.png"}
+
+
+def test_copies_are_looked_for_where_a_run_was_trained(tmp_path):
+    "Its own split and seed, by run.json, also for one step of it; the default ones where there is none."
+    step = tmp_path / "checkpoints/diffusion/0000002/ema.safetensors"
+    step.parent.mkdir(parents=True)
+    assert ev.training_set("tiny") == ev.training_set(str(tmp_path)) == ("train", 0)
+    for dataset, expected in (("scenes", ("train-25", 7)), ("emoji", ("train", 0))):
+        (tmp_path / "run.json").write_text(json.dumps({"config": {"dataset": dataset, "split": "train-25", "seed": 7}}))
+        assert ev.training_set(str(tmp_path)) == ev.training_set(str(step)) == expected
+    assert not torch.equal(ev.training_pixels("train", 0, 2), ev.training_pixels("train", 1, 2))
+
+
+def test_a_place_that_cannot_be_written_is_noticed_first(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(sys, "argv", ["tinydiff-eval", "--out", str(tmp_path / "file")])
+    monkeypatch.setattr(ev, "training_pixels", None)
+    with pytest.raises(SystemExit) as stop: ev.main()
+    assert stop.value.code == 2 and re.fullmatch(r"error: --out .*/file cannot be made: File exists\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("flags, complaint", [

@@ -410,6 +410,8 @@ def test_temperature_is_exponentiated_and_clamped(clip, rng):
     torch.testing.assert_close(clip(images, ids), cosine / 0.07, rtol=1e-4, atol=1e-4)
     with torch.no_grad(): clip.logit_scale.fill_(9.0)
     torch.testing.assert_close(clip(images, ids), 100 * cosine, rtol=1e-4, atol=1e-4)
+    slope, = torch.autograd.grad(clip(images, ids).square().sum(), clip.logit_scale)  # or it would stay above 100 for ever
+    torch.testing.assert_close(slope, 2 * (100 * cosine).square().sum(), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(clip.encode_text(ids).norm(dim=-1), torch.ones(4))
 
 

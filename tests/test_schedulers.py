@@ -9,7 +9,7 @@ import torch
 
 from tinydiff.schedulers import base
 from tinydiff.schedulers.base import step_weights
-from tinydiff.schedulers.ddpm import DDPMScheduler
+from tinydiff.schedulers.ddpm import SOLVERS, DDPMScheduler
 from tinydiff.schedulers.flow_matching import FlowMatchingScheduler, make_scheduler, scheduler_from_config
 
 torch.set_num_threads(1)
@@ -273,7 +273,17 @@ def test_stable_diffusion_config():
     assert scheduler.eta == 0 and not scheduler.set_alpha_to_one and not scheduler.clip_sample
 
 
-@pytest.mark.parametrize("name", ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "FlowMatchEulerDiscreteScheduler"))
+@pytest.mark.parametrize("name", SOLVERS)
+def test_other_solvers_files_are_walked_as_ddim(name):
+    "As diffusers' own DDIM reads such a file: the same timesteps, the same alpha-bar."
+    file = getattr(diffusers, name)(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    ours, theirs = scheduler_from_config(json.loads(file.to_json_string())), diffusers.DDIMScheduler.from_config(file.config, timestep_spacing="linspace")
+    ours.set_timesteps(7); theirs.set_timesteps(7)
+    assert ours.timesteps.tolist() == theirs.timesteps.tolist() and ours.eta == 0 and ours.set_alpha_to_one and not ours.clip_sample
+    torch.testing.assert_close(theirs.alphas_cumprod.double(), ours.alphas_cumprod, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler"))
 def test_what_a_file_does_not_say_means_what_diffusers_means(name):
     ours, theirs = scheduler_from_config({"_class_name": name}), getattr(diffusers, name)()
     common = set(ours.config) & set(theirs.config)
@@ -290,7 +300,10 @@ def test_what_a_file_does_not_say_means_what_diffusers_means(name):
     (dict(name="ddpm", timestep_spacing="even"), "timestep_spacing"),
     (dict(name="ddpm", rescale_betas_zero_snr=True), "rescale_betas_zero_snr"),
     (dict(name="ddpm", eta=1.5), "eta"), (dict(name="ddpm", beta_end=1.5), "betas"),
-    (dict(name="ddpm", num_train_timesteps=0), "num_train_timesteps"), (dict(name="ddpm", steps_offset=-5), "steps_offset"),
+    (dict(name="ddpm", num_train_timesteps=0), "num_train_timesteps"), (dict(name="ddpm", num_train_timesteps=9.5), "num_train_timesteps"),
+    (dict(name="ddpm", num_train_timesteps=1, beta_end=0.0009, rescale_betas_zero_snr=True, prediction_type="x0"), "at least 2"),
+    (dict(name="ddpm", beta_start=-1.0), "beta_start and beta_end must be above 0"), (dict(name="flow", num_train_timesteps=0.5), "num_train_timesteps"),
+    (dict(name="flow", shift=math.inf), "shift"), (dict(name="flow", logit_mean=math.nan), "logit_mean"), (dict(name="ddpm", steps_offset=-5), "steps_offset"),
     (dict(name="flow", solver="rk4"), "solver"), (dict(name="flow", shift=0), "shift"),
     (dict(name="flow", weighting_scheme="cosmap"), "weighting_scheme")], ids=str)
 def test_refusals(config, word):
@@ -306,10 +319,10 @@ def test_refuses_what_it_cannot_do_in_a_diffusers_config():
         with pytest.raises(ValueError, match=next(iter(change))):
             scheduler_from_config(FlowMatchingScheduler().to_config() | change)
     with pytest.raises(ValueError, match="_class_name"): scheduler_from_config({})
-    with pytest.raises(ValueError, match="EulerDiscreteScheduler"): scheduler_from_config({"_class_name": "EulerDiscreteScheduler"})
+    with pytest.raises(ValueError, match="LCMScheduler"): scheduler_from_config({"_class_name": "LCMScheduler"})
 
 
-@pytest.mark.parametrize("scheduler, steps", [(DDPMScheduler(), 1001), (DDPMScheduler(), 0), (FlowMatchingScheduler(), 0)])
+@pytest.mark.parametrize("scheduler, steps", [(DDPMScheduler(), 1001), (DDPMScheduler(), 0), (DDPMScheduler(), 2.5), (FlowMatchingScheduler(), 0), (FlowMatchingScheduler(), "7")])
 def test_refuses_step_counts(scheduler, steps):
     with pytest.raises(ValueError, match="num_inference_steps"): scheduler.set_timesteps(steps)
 

@@ -226,6 +226,13 @@ def test_a_folder_is_replaced_whole(tmp_path, monkeypatch):
     assert [path.read_text() for path in (tmp_path / "vae").iterdir()] == ["new", "new"]
     tinydiff.train.write_atomically(tmp_path / "vae", write("newer"))
     assert [path.name for path in tmp_path.iterdir()] == ["vae"]
+    (tmp_path / "vae").rename(elsewhere := tmp_path.with_name(f"{tmp_path.name}-elsewhere"))
+    for make in (lambda path: path.symlink_to(elsewhere), lambda path: path.write_text("a file")):
+        tinydiff.train.remove(tmp_path / "vae")
+        make(tmp_path / "vae")
+        for text in ("once", "twice"): tinydiff.train.write_atomically(tmp_path / "vae", write(text))
+        assert [path.name for path in tmp_path.iterdir()] == ["vae"] and (tmp_path / "vae/config").read_text() == "twice"
+    assert (elsewhere / "config").read_text() == "newer"
 
 
 @pytest.mark.parametrize("other, agree", [(7, True), (5, False), (9, False)])
@@ -304,6 +311,39 @@ def test_what_a_resumed_run_cannot_change(base, tmp_path, monkeypatch, capsys, c
     assert (run / "run.json").read_bytes() == (base / "run.json").read_bytes()
     with pytest.raises(ValueError, match="--resume needs --out with the folder of a run"):
         train(TrainConfig(resume=True, **QUICK | dict(out=str(tmp_path / "typo"))))
+
+
+@pytest.mark.parametrize("change, line", [
+    ("--stage vae --vae_steps 4", "stands on its stage vae"), ("--stage clip", "stands on its stage clip"), ("--vae_steps 4", "has made 2 steps already, and the UNet stands on them"),
+    ("--steps 1", "stage diffusion in .* has made 2 steps already: 1 cannot be asked for"), ("--stage diffusion --steps 1", "has made 2 steps already")])
+def test_what_a_unet_stands_on_is_not_trained_any_more(base, tmp_path, monkeypatch, capsys, change, line):
+    shutil.copytree(base, run := tmp_path / "run")
+    status, _, said = run_command(monkeypatch, capsys, tinydiff.train.main, "--resume", "--out", run, *change.split())
+    assert status == 2 and len(said.strip().splitlines()) == 1 and re.search(line, said)
+    assert not differences(run, base, "all")
+
+
+def test_a_finished_run_that_goes_on_is_whole_all_the_while(base, tmp_path, monkeypatch):
+    "Its parts stay what they were until new ones are done: whatever the data set and the text encoder have become since."
+    shutil.copytree(base, run := tmp_path / "run")
+    parts = lambda: {path: path.read_bytes() for path in run.glob("*/*") if path.parent.name in ("vae", "clip", "text_encoder", "tokenizer", "unet")}
+    before, config = parts(), TrainConfig(stage="all", out=str(run), resume=True, **QUICK | dict(steps=5, subset_size=20))
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        interrupt(patch, 4)
+        train(config)
+    assert parts() == before and TextToImage.from_pretrained(run)
+    train(config)
+    assert {path.parent.name for path, content in parts().items() if content != before[path]} == {"unet", "text_encoder"}
+
+
+def test_each_stage_goes_on_as_it_began(tmp_path):
+    "Whatever another stage of the same run was given since."
+    config = TrainConfig(stage="vae", out=str(tmp_path / "run"), **QUICK)
+    train(config)
+    train(dataclasses.replace(config, resume=True, stage="clip", optimizer="adamw", seed=5))
+    with pytest.raises(ValueError, match="stage vae in .* began with --seed 0: it cannot go on with 5"):
+        train(dataclasses.replace(config, resume=True, vae_steps=3, seed=5))
+    train(dataclasses.replace(config, resume=True, vae_steps=3))
 
 
 def test_a_copy_beside_the_checkpoints_is_no_checkpoint(base, tmp_path):
@@ -546,6 +586,23 @@ def test_skipped_pictures_are_named_at_the_end(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "1 of 4 items skipped" in said and re.search(r"item 2: cannot identify image file '.*/2.png'", said)
     assert (tmp_path / "run/skipped.txt").read_text() in said
+
+
+@pytest.mark.parametrize("stage", ["vae", "diffusion"])
+def test_skipped_pictures_are_remembered_by_a_run_that_was_killed(stage, base, tmp_path, monkeypatch, capsys):
+    "One is met in the first step and, by its latents, never again; one was mended meanwhile."
+    folder = picture_folder(tmp_path / "data", count=6)
+    for i in (2, 4): (folder / f"{i}.png").write_bytes(b"<html>")
+    parts = dict(vae=str(base), text_encoder=str(base)) if stage == "diffusion" else {}
+    config = TrainConfig(**QUICK | parts | dict(stage=stage, dataset=str(folder), batch_size=6, vae_batch_size=6, subset_size=0, out=str(tmp_path / "run")))
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        interrupt(patch, 1)
+        train(config)
+    assert "2 of 6 items skipped" in (tmp_path / "run/skipped.txt").read_text()
+    shutil.copy(folder / "3.png", folder / "4.png")
+    capsys.readouterr()
+    train(dataclasses.replace(config, resume=True))
+    assert "1 of 6 items skipped" in (said := capsys.readouterr().err) and re.search(r"item 2: cannot identify", said)
 
 
 @pytest.mark.parametrize("error, message", [
@@ -967,7 +1024,8 @@ BAD = {
     "0 steps": (["--steps", "0"], "--steps must be at least 1, not 0"),
     "batch of 0": (["--batch_size", "0"], "--batch_size must be at least 1"),
     "negative": (["--num_workers", "-1"], "--num_workers must be at least 0"),
-    "not finite": (["--lr", "nan"], "--lr must be float, not nan"),
+    "huge": (["--batch_size", str(10**20)], "--batch_size must be between 1 and 2147483647"), "huge seed": (["--seed", str(2**63)], "--seed must be between 0 and"),
+    "not finite": (["--lr", "nan"], "--lr must be a finite number, not nan"),
     "share": (["--caption_dropout", "1.5"], "--caption_dropout must be between 0 and 1"),
     "flow has no prediction type": (["--prediction_type", "x0"], "--scheduler ddpm"),
     "parts": (["--grad_accum", "7"], "multiple of 7"),
@@ -1020,14 +1078,28 @@ def test_folder_that_cannot_be_written(base, tmp_path, monkeypatch, capsys):
     assert status == 2 and "cannot be written" in said and len(said.strip().splitlines()) == 1
 
 
+def test_lines_that_are_no_metrics(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"stage": "vae", "step": 1}\n5\n{"a": 1}\n\xff\xfe\n{"stage": "vae", "st')
+    assert read_metrics(tmp_path) == [{"stage": "vae", "step": 1}]
+
+
 def test_a_run_is_not_overwritten(base, monkeypatch, capsys):
     before = (base / "run.json").read_bytes()
     status, _, said = run_command(monkeypatch, capsys, tinydiff.train.main, "--out", base)
     assert status == 2 and "already holds a run" in said and (base / "run.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("left", ["model_index.json", "checkpoints"])
+def test_neither_a_model_nor_checkpoints_alone_are_overwritten(left, base, tmp_path, monkeypatch, capsys):
+    "A pipeline that somebody saved there, or a run whose run.json was lost."
+    (run := tmp_path / "run").mkdir()
+    (shutil.copytree if (base / left).is_dir() else shutil.copy)(base / left, run / left)
+    status, _, said = run_command(monkeypatch, capsys, tinydiff.train.main, "--stage", "vae", "--out", run)
+    assert status == 2 and "already holds a run or a model" in said and os.listdir(run) == [left]
+
+
 @pytest.mark.parametrize("change, message", [
-    (dict(step=3), "unknown configuration key 'step'; did you mean 'steps'"), (dict(steps="many"), "--steps must be int"),
+    (dict(step=3), "unknown configuration key 'step'; did you mean 'steps'"), (dict(steps="many"), "--steps must be a whole number"),
     (dict(flip=1), "--flip must be bool"), (dict(stage="unet"), "--stage must be one of vae"), (dict(subset_size=-1), "--subset_size"),
     (dict(seed=2**63), "--seed"),
 ])
@@ -1048,7 +1120,7 @@ def test_configuration_survives_json(seed):
 
 def test_checkpoint_of_other_networks(base, tmp_path, monkeypatch, capsys):
     shutil.copytree(base, tmp_path / "run")
-    wider = dataclasses.replace(SMALL, vae=dataclasses.replace(SMALL.vae, block_out_channels=(8, 24)))
+    wider = dataclasses.replace(SMALL, unet=dataclasses.replace(SMALL.unet, block_out_channels=(8, 24)))
     monkeypatch.setitem(tinydiff.train.ARCHITECTURES, "tiny", wider)
     status, _, said = run_command(monkeypatch, capsys, tinydiff.train.main, "--resume", "--out", tmp_path / "run")
     assert status == 2 and "is for other networks, or another optimizer" in said

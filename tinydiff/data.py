@@ -169,10 +169,13 @@ class CaptionedImages(ImageItems, Dataset):
     def read(self, index: int) -> tuple[Image.Image, list[str]]:
         "The picture, upright and RGB, and all its captions."
         if not 0 <= index < len(self): raise IndexError(f"index {index} is not in [0, {len(self)})")
+        known = self.skipped.numpy()  # what was bad once is not tried again: there may be many
         for i in (j % len(self) for j in range(index, index + len(self))):
+            if known[i]: continue
             if found := self.read_or_warn(i): return found
-            self.skipped[i] = True
-        raise ValueError(f"none of the {len(self)} items has a readable image and a caption")
+            known[i] = True
+        with warnings.catch_warnings(record=True, action="always") as said: self.read_or_warn(index)
+        raise ValueError(f"none of the {len(self)} items has a readable image and a caption: {said[-1].message}")
 
     def __getitem__(self, index: int) -> dict:
         return self.item(index, *self.read(index))
@@ -314,7 +317,7 @@ def parse_rows(path: Path) -> Iterator[dict]:
     "The rows of a csv or jsonl file; ValueError with the line where one is wrong."
     with path.open(newline="", encoding="utf-8-sig") as f:
         if path.suffix == ".csv":
-            for row in (reader := csv.DictReader(f)):
+            for row in (reader := csv.DictReader(f, strict=True)):
                 if None in row: raise ValueError(f"line {reader.line_num} has more fields than the first has columns; a caption with commas needs quotes")
                 yield row
         else:
@@ -335,7 +338,7 @@ def read_metadata(path: Path, image_column: str | None, caption_column: str | No
     return [(path.parent / str(row.get(image) or "no file name"), flatten_captions([text(row.get(c)) for c in captions])) for row in rows]
 
 # %% ../nbs/02_data.ipynb #a2c3d1a1
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
 
 def read_sidecars(folder: Path) -> list[tuple[Path, list[str]]]:
     "Picture files with a text file of the same name beside them, one caption a line. One without such a file has no caption; if all are, they are no data set."
@@ -444,7 +447,8 @@ def hub_rows(
         first = next(iter(rows), {})  # a stream casts as it reads
     except (TypeError, ValueError, NotImplementedError): raise ValueError(f"{source.repo}: column {image!r} holds no pictures; choose one with image_column") from None
     for column in captions:
-        if not isinstance(first.get(column), (str, list, type(None))): raise ValueError(f"{source.repo}: column {column!r} holds no text; choose one with caption_column")
+        values = first[column] if isinstance(first.get(column), list) else [first.get(column)]
+        if not all(isinstance(value, (str, type(None))) for value in values): raise ValueError(f"{source.repo}: column {column!r} holds no text; choose one with caption_column")
     first = first.get(image) or {}
     if not first.get("bytes") and (first.get("path") or "").startswith("http"): raise ValueError(f"{source.repo}: column {image!r} holds addresses: download the pictures, and pass their folder")
     return Grouped(rows, group_by, captions) if group_by else rows, partial(read_hub_row, image_column=image, caption_columns=captions)
@@ -465,7 +469,9 @@ def find_rows(name: str, split: str, image_size: int, cache_dir: str | None, str
     if is_folder(name):
         folder = Path(name).expanduser()
         if not folder.is_dir(): raise FileNotFoundError(f"{name}: no such folder")
-        if not any(folder.rglob("*.parquet")): return folder_rows(folder, split, image_column, caption_column), read_file
+        try: return folder_rows(folder, split, image_column, caption_column), read_file
+        except FileNotFoundError:
+            if not any(folder.rglob("*.parquet")): raise
         source = HubDataset(str(folder), image_column=None, splits={})
     elif name in DATASETS: source = DATASETS[name]
     elif name.count("/") == 1: source = HubDataset(name, image_column=None, splits={})
@@ -499,7 +505,7 @@ def load_captioned_images(
     """
     if not is_whole(image_size) or image_size < 1: raise ValueError(f"image_size is {image_size!r}; it must be a whole number of at least 1")
     if subset_size is not None and (not is_whole(subset_size) or subset_size < 1): raise ValueError(f"subset_size is {subset_size!r}; it must be a whole number of at least 1")
-    if shuffle_buffer < 0: raise ValueError(f"shuffle_buffer is {shuffle_buffer}; it must be at least 0")
+    if not is_whole(shuffle_buffer) or shuffle_buffer < 0: raise ValueError(f"shuffle_buffer is {shuffle_buffer!r}; it must be a whole number of at least 0")
     if not streaming and (shuffle_buffer, rank, world) != (0, 0, 1): raise ValueError("shuffle_buffer, rank and world are for streaming=True")
     if not 0 <= rank < world: raise ValueError(f"rank is {rank}; it must be in [0, {world})")
     rows, read = find_rows(str(name), split, image_size, cache_dir, streaming, image_column, caption_column, seed)

@@ -11,8 +11,8 @@ __all__ = ['WHOLE', 'EACH', 'POSITION_TOLERANCE', 'SIX', 'CATEGORIES', 'WITHHOLD
            'shows_relation', 'is_right', 'bootstrap', 'summarize', 'question_scores', 'chance_scores', 'fill',
            'renders_of', 'frechet_distance', 'kernel_distance', 'distances', 'small_pixels', 'nearest', 'first_seed',
            'draw_pictures', 'Evaluation', 'evaluate', 'failure_sheet', 'report', 'score_table', 'EvalConfig',
-           'read_step', 'open_checkpoint', 'sampler_name', 'unet_calls', 'answers', 'run_exam', 'plot_sweep',
-           'run_exams', 'main']
+           'read_step', 'open_checkpoint', 'sampler_name', 'unet_calls', 'answers', 'training_pixels', 'training_set',
+           'run_exam', 'plot_sweep', 'run_exams', 'main']
 
 # %% ../nbs/13_evaluate.ipynb #2518e837
 import dataclasses
@@ -37,11 +37,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from .data import image_to_tensor, is_whole, tensor_to_images
+from .data import bytes_to_tensor, image_to_tensor, is_whole, tensor_to_images
 from .models.vae import AutoencoderKL
 from tinydiff.sample import (
-    BUNDLED, SAMPLERS, TextToImage, check_counts, check_scale, choose_device, choose_sampler, contact_sheet, guided_context, latent_shape,
-    one_line_errors, pick, read_flags, started, write_image,
+    BUNDLED, SAMPLERS, TextToImage, check_counts, check_scale, choose_device, contact_sheet, guided_context, latent_shape,
+    one_line_errors, open_sampler, pick, read_flags, started, write_image,
 )
 from .scenes import COLORS, KINDS, PLACES, RELATIONS, SIZES, STYLES, Scene, Scenes, Thing, caption, is_heldout, parse, render, sample_scene
 from .stable_diffusion import load_weights, read_json, read_weights, write_json
@@ -269,6 +269,7 @@ def train_reader(
     lr: float = 3e-3,  # at its highest
     seed: int = 0,
     device: str | None = None,  # None: an NVIDIA or AMD GPU where there is one
+    num_workers: int = 1,  # processes that draw
 ) -> Reader:
     "Train a reader on fresh renders, none of them twice."
     torch.manual_seed(seed)
@@ -276,9 +277,9 @@ def train_reader(
     reader = (load_reader(start) if start else Reader()).to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.AdamW(reader.parameters(), lr, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.15)
-    bar = tqdm(DataLoader(ReaderScenes(steps * batch_size, seed), batch_size, num_workers=1), desc="reader")
+    bar = tqdm(DataLoader(ReaderScenes(steps * batch_size, seed), batch_size, num_workers=num_workers), desc="reader")
     for step, (images, whole, things) in enumerate(bar, start=1):
-        images = soften(images.float() / 127.5 - 1, generator).to(device, memory_format=torch.channels_last)
+        images = soften(bytes_to_tensor(images), generator).to(device, memory_format=torch.channels_last)
         losses = reader_losses(reader(images), whole.to(device), things.to(device))
         optimizer.zero_grad()
         sum(losses.values()).backward()
@@ -493,7 +494,8 @@ def small_pixels(images: Iterable[Image.Image], side: int = 32) -> Tensor:
 
 def nearest(images: list[Image.Image], training: Tensor) -> tuple[Tensor, Tensor]:
     "The root mean square difference to the nearest of the training pictures, (pictures,), and its index; `training` is theirs of `small_pixels`."
-    distance, index = torch.cdist(small_pixels(images), training).min(1)
+    found = [torch.cdist(some, training).min(1) for some in small_pixels(images).split(1000)]  # a few at once: the table of distances is large
+    distance, index = map(torch.cat, zip(*found))
     return distance / training.shape[1] ** 0.5, index
 
 # %% ../nbs/13_evaluate.ipynb #933e171d
@@ -588,7 +590,7 @@ def score_table(results: dict) -> str:
     "The results as text: percent, with 95 % intervals."
     scores = results["scores"]
     cell = lambda who, group, category: "{:5.1f} [{:.1f}, {:.1f}]".format(*scores[who][group][category]) if category in scores[who][group] else "    -"
-    lines = [f"{'':16}{'seen':22}{'held out':22}{'ceiling':10}{'chance'}"]
+    lines = [f"{'':16}{'seen':22}{'held out':22}{'ceiling and chance, seen'}"]
     for category in (*SIX, "overall", "style", "place"):
         means = [scores[who]["seen"][category][0] for who in ("ceiling", "chance")]
         lines += [f"{category:16}{cell('model', 'seen', category):22}{cell('model', 'heldout', category):22}{means[0]:5.1f}     {means[1]:5.1f}"]
@@ -596,7 +598,7 @@ def score_table(results: dict) -> str:
         model, vae, floor = (f"{results['distances'][name][measure]:.{digits}f}" for name in ("model", "vae", "renders"))
         lines += [f"{measure.upper():16}{model}; renders through the VAE {vae}; as many fresh renders {floor}"]
     near = results["nearest_training_picture"]
-    lines += [f"{'nearest':16}{near['model']:.3f} to a picture of the default training set; fresh renders through the VAE {near['vae']:.3f}"]
+    lines += [f"{'nearest':16}{near['model']:.3f} to a training picture; fresh renders through the VAE {near['vae']:.3f}"]
     return "\n".join([*lines, f"{'copies':16}{100 * near['copies']:.1f} % are nearer to one than any of these renders"])
 
 # %% ../nbs/13_evaluate.ipynb #be4dcf52
@@ -611,12 +613,15 @@ class EvalConfig:
     images: int = 4  # of each prompt
     seed: int = 0
     reference_pictures: int = 2000  # fresh renders that FID and KID compare with
-    training_pictures: int = 20_000  # the first so many scenes, as tinydiff-train takes them by default, among which copies are looked for
+    training_pictures: int = 20_000  # the first so many scenes of the training set (tinydiff-train's default), among which copies are looked for
+    training_seed: int | None = None  # of that set; None: what a run's run.json says, 0 without one
     batch_size: int = 32  # pictures drawn at once
     out: str = "scene_eval"  # folder for results.json, failures and figures
     device: str | None = None  # None: an NVIDIA or AMD GPU where there is one
 
     def __post_init__(self):
+        for name in ("checkpoint", "scheduler", "steps", "guidance_scale"):
+            if not isinstance(value := getattr(self, name), (tuple, list)): object.__setattr__(self, name, (value,))  # a single value
         names = ("prompts", "images", "batch_size", "reference_pictures", "training_pictures")
         check_counts(**{name: getattr(self, name) for name in names})
         for value in self.steps: check_counts(steps=value)
@@ -644,13 +649,11 @@ def read_step(path: Path) -> dict[str, Tensor]:
 
 def open_checkpoint(name: str, sampler: str | None = None, device: str | torch.device = "cpu") -> TextToImage:
     "A pipeline, or one step of a finished run, with its sampler chosen."
-    if Path(name).suffix == ".safetensors":  # RUN/checkpoints/diffusion/STEP/ema.safetensors
-        weights = {key: tensor.to(device) for key, tensor in read_step(Path(name)).items()}
-        pipe = TextToImage.from_pretrained((Path(name).parent / "../../..").resolve(), device)
-        load_weights(nn.ModuleDict({"unet": pipe.unet, "text_encoder": pipe.text_encoder}), weights, name)
-    else:
-        pipe = TextToImage.from_pretrained("tiny-ddpm" if name == "tiny" and sampler in ("ddpm", "ddim") else name, device)
-    pipe.scheduler = choose_sampler(pipe.scheduler, sampler)
+    if Path(name).suffix != ".safetensors":
+        return open_sampler(name, sampler, device)
+    weights = {key: tensor.to(device) for key, tensor in read_step(Path(name)).items()}  # RUN/checkpoints/diffusion/STEP/ema.safetensors
+    pipe = open_sampler((Path(name).parent / "../../..").resolve(), sampler, device)
+    load_weights(nn.ModuleDict({"unet": pipe.unet, "text_encoder": pipe.text_encoder}), weights, name)
     return pipe
 
 # %% ../nbs/13_evaluate.ipynb #0914556b
@@ -670,8 +673,25 @@ def answers(done: Evaluation) -> list[dict]:
              "read": list(map(str, group))} for q, seeds, group in zip(done.questions, done.seeds, done.readings)]
 
 
-def run_exam(config: EvalConfig, chosen: dict, reader: Reader, training: Tensor) -> tuple[dict, Evaluation]:
+@functools.lru_cache(maxsize=2)
+def training_pixels(split: str, seed: int, count: int) -> Tensor:
+    "`small_pixels` of the first scenes of a training set."
+    scenes = Scenes(split, seed=seed, length=count)
+    return small_pixels(scenes[i]["image"] for i in range(len(scenes)))
+
+
+def training_set(checkpoint: str) -> tuple[str, int]:
+    "Split and seed of the scenes that a run was trained on, as its run.json says; those of `--split train --seed 0` where there is none."
+    path = Path(checkpoint).expanduser()
+    run = path.parent / "../../.." if path.suffix == ".safetensors" else path
+    settings = json.loads((run / "run.json").read_text())["config"] if (run / "run.json").exists() else {}
+    return (settings["split"], settings["seed"]) if settings.get("dataset") == "scenes" else ("train", 0)
+
+
+def run_exam(config: EvalConfig, chosen: dict, reader: Reader) -> tuple[dict, Evaluation]:
     "One combination of the settings: a record for results.json, and the evaluation itself."
+    split, seed = training_set(chosen["checkpoint"])
+    training = training_pixels(split, seed if config.training_seed is None else config.training_seed, config.training_pictures)
     pipe = open_checkpoint(chosen["checkpoint"], chosen["scheduler"], reader.whole.weight.device)
     settings = {name: chosen[name] for name in ("steps", "guidance_scale")}
     begin = time.perf_counter()
@@ -709,13 +729,12 @@ def run_exams(config: EvalConfig) -> list[dict]:
     device, out = choose_device(config.device), Path(config.out).expanduser()
     for chosen in config.combinations():
         started(open_checkpoint(chosen["checkpoint"], chosen["scheduler"], device).scheduler, chosen["steps"])  # all mistakes before the first picture
+    try: out.mkdir(parents=True, exist_ok=True)
+    except OSError as error: raise ValueError(f"--out {config.out} cannot be made: {error.strerror}") from None
     reader, records, read = load_reader(device=device), [], []
-    scenes = Scenes("train", length=config.training_pictures)
-    training = small_pixels(scenes[i]["image"] for i in range(len(scenes)))
-    out.mkdir(parents=True, exist_ok=True)
     for old in (out / "failures.png", *out.glob("failures-[0-9][0-9].png"), out / "sweep.png"): old.unlink(missing_ok=True)  # an earlier exam's
     for number, chosen in enumerate(config.combinations()):
-        record, done = run_exam(config, chosen, reader, training)
+        record, done = run_exam(config, chosen, reader)
         records.append(record)
         read.append(answers(done))
         print(f"\n{record['checkpoint']}: {record['scheduler']}, {record['steps']} steps, guidance {record['guidance_scale']:g}; "
@@ -734,7 +753,7 @@ def main():
     "The command `tinydiff-eval`."
     config = read_flags(EvalConfig, "tinydiff-eval")
     run_exams(config)
-    print(f"\n-> {config.out}/results.json and the pictures beside it")
+    print(f"\n-> {Path(config.out).expanduser()}/results.json and the pictures beside it")
 
 
 if __name__ == "__main__" and "__file__" in globals():

@@ -641,7 +641,7 @@ class Repaint(Experiment):
     "From a picture: the last one or a file, all of it or what is drawn on it."
 
     def __init__(self, worker: Worker, models: Models, config: Callable[[], SampleConfig]):
-        self.models, self.config, self.image, self.mask = models, config, None, Mask()
+        self.models, self.config, self.image, self.chosen, self.mask = models, config, None, None, Mask()
         self.prompt = control(widgets.Combobox, value="a watercolor of a purple boat at night", options=SUGGESTIONS, description="prompt")
         self.strength = control(widgets.FloatSlider, value=0.7, min=0.05, max=1.0, step=0.05, description="strength")
         self.upload = widgets.FileUpload(accept="image/*", description="Open a file", icon="", layout={"width": "130px"})
@@ -665,15 +665,20 @@ class Repaint(Experiment):
         except UNREADABLE:
             return self.complain(ValueError("this file is not a picture that can be opened"))
         side = max(256, min(1024, *image.size))
+        self.frame.value = ""  # what was said of another file
         self.show(ImageOps.fit(image, (side, side)))
 
+    def draw(self) -> Iterator[None]:
+        self.chosen = self.image  # at the click: whatever is stopped by it will still put its own picture here
+        return super().draw()
+
     def repaint(self) -> Iterator[Frame]:
-        if self.image is None:
+        if self.chosen is None:
             raise ValueError("there is no picture yet: generate one, or choose a file")
         config = replace(self.config(), prompt=(self.prompt.value,), num_images=1)
         pipe = self.models(config.scheduler)
-        states = repaint(pipe, config, self.image, self.strength.value, self.mask.value())
-        before = pipe.decode(picture_latents(pipe, self.image))[0]
+        states = repaint(pipe, config, self.chosen, self.strength.value, self.mask.value())
+        before = pipe.decode(picture_latents(pipe, self.chosen))[0]
         for (after,), _ in side_by_side({"": states}, pipe.decode):
             yield [before, after], ["as the model sees it", self.prompt.value or "(no prompt)"]
 

@@ -410,7 +410,7 @@ _FINISH = {"plain": _plain, "watercolor": _watercolor, "pixel art": _pixel_art, 
 
 def render(scene: Scene,                # what to draw
            image_size: int = 64,        # pixels on a side, 16 or more
-           seed: int = 0,               # chooses everything that the scene leaves open
+           seed: int = 0,               # chooses place, positions and scenery (a color not said is red, a size medium)
            return_boxes: bool = False,  # also return the list of boxes
           ):                            # RGB picture, or (picture, boxes)
     "Draw `scene`. Boxes are (kind, color, x0, y0, x1, y1), one for each object, in [0, 1]."
@@ -479,7 +479,9 @@ def parse(text: str,     # a caption of the grammar
         if rest.endswith(" " + phrase): place, rest = name, rest[:-len(phrase) - 1]
         elif rest.startswith(phrase + ", "): place, rest = name, rest[len(phrase) + 2:]
         if place: break
-    if m := re.fullmatch(f"an? (?:({_one_of(STYLES)}) )?landscape", rest): return Scene(m[1] or style, place)
+    if m := re.fullmatch(f"an? (?:({_one_of(STYLES)}) )?landscape", rest):
+        if m[1] and style != "plain": raise ValueError(f"cannot read {text!r}: more than one style")
+        return Scene(m[1] or style, place)
     parts = re.split(f" ({_one_of(_RELATION_OF)}) ", rest)
     if len(parts) > 3: raise ValueError(f"cannot read {text!r}: more than one relation")
     return Scene(style, place, tuple(map(_read_thing, parts[::2])), _RELATION_OF[parts[1]] if len(parts) == 3 else None)
@@ -492,6 +494,7 @@ _WITHHELD = {10: (1, 1), 25: (2.5, 2), 50: (5, 4)}  # percent: of ten colors or 
 
 def is_heldout(scene: Scene, percent: int = 10) -> bool:
     "Does `scene` show a combination withheld from training? About 10, 25 or 50 % of (kind, color), (kind, count), (kind, relation, kind)."
+    _check("percent", percent, _WITHHELD)
     tenths, ninths = _WITHHELD[percent]
     for t in scene.things:
         k = _KIND_INDEX[t.kind]

@@ -6,19 +6,20 @@
 __all__ = ['RANGES', 'PRESETS', 'ARCHITECTURES', 'CHECKPOINT', 'PACKAGES', 'seed_at', 'generator_at', 'permutation',
            'batch_indices', 'StepSampler', 'learning_rate', 'make_optimizer', 'EMA', 'RunOptions', 'DataOptions',
            'ModelOptions', 'TaskOptions', 'OptimizerOptions', 'MachineOptions', 'is_allowed', 'in_words',
-           'check_values', 'TrainConfig', 'config_from_dict', 'Architecture', 'sized', 'sync', 'write_atomically',
-           'write_text', 'optimizer_tensors', 'load_optimizer_tensors', 'checkpoints_in', 'checksums',
-           'save_checkpoint', 'read_checkpoint', 'load_checkpoint', 'read_metrics', 'forget_after', 'smooth',
-           'plot_metrics', 'Gather', 'Run', 'leave', 'Log', 'EveryCaption', 'collate', 'ignore_signals',
-           'no_worker_left', 'reading_processes', 'PixelStage', 'VAEStage', 'scaling_factor', 'captions_of',
-           'CLIPStage', 'Parts', 'load_parts', 'make_unet', 'needed_items', 'encode_dataset', 'data_fingerprint',
-           'parts_fingerprint', 'fingerprint', 'check_same_parts', 'remember_parts', 'read_cache', 'write_cache',
-           'joined', 'cached_latents', 'EncodedData', 'draw_by_time', 'Sketch', 'sketch_loss', 'Denoiser',
-           'make_denoiser', 'OneAhead', 'DiffusionStage', 'stop_signals', 'blame', 'Guard', 'backward', 'ToBFloat16',
-           'InBFloat16', 'recorded', 'parallel', 'Progress', 'finish', 'fit', 'has_bf16', 'join_processes',
-           'keep_freed_memory', 'check_shares', 'check_image_size', 'check_out', 'note_ignored_parts', 'processor_name',
-           'git_commit', 'describe_run', 'with_earlier', 'open_run', 'with_folder', 'with_own_parts', 'open_dataset',
-           'explained', 'train', 'stored_config', 'read_config', 'main']
+           'check_values', 'TrainConfig', 'config_from_dict', 'Architecture', 'sized', 'sync', 'remove',
+           'write_atomically', 'write_file', 'write_text', 'optimizer_tensors', 'load_optimizer_tensors',
+           'checkpoints_in', 'checksums', 'save_checkpoint', 'read_checkpoint', 'load_checkpoint', 'read_metrics',
+           'forget_after', 'smooth', 'plot_metrics', 'Gather', 'Run', 'leave', 'Log', 'EveryCaption', 'collate',
+           'ignore_signals', 'no_worker_left', 'reading_processes', 'PixelStage', 'VAEStage', 'scaling_factor',
+           'captions_of', 'CLIPStage', 'Parts', 'load_parts', 'make_unet', 'needed_items', 'encode_dataset',
+           'data_fingerprint', 'parts_fingerprint', 'fingerprint', 'check_same_parts', 'remember_parts', 'note_skipped',
+           'recall_skipped', 'read_cache', 'write_cache', 'joined', 'cached_latents', 'EncodedData', 'draw_by_time',
+           'Sketch', 'sketch_loss', 'Denoiser', 'make_denoiser', 'OneAhead', 'DiffusionStage', 'stop_signals', 'blame',
+           'Guard', 'backward', 'ToBFloat16', 'InBFloat16', 'recorded', 'parallel', 'Progress', 'finish', 'fit',
+           'has_bf16', 'join_processes', 'keep_freed_memory', 'check_shares', 'check_image_size', 'steps_made',
+           'stages_of', 'check_goes_on', 'check_out', 'note_ignored_parts', 'processor_name', 'git_commit',
+           'describe_run', 'with_earlier', 'open_run', 'with_folder', 'with_own_parts', 'open_dataset', 'explained',
+           'train', 'stored_config', 'read_config', 'main']
 
 # %% ../nbs/11_train.ipynb #b8522702
 import argparse
@@ -34,6 +35,7 @@ import math
 import multiprocessing
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -41,6 +43,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
@@ -59,7 +62,6 @@ from safetensors.torch import load_file, save_file
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
-from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 
 from .data import bytes_to_tensor, choose_caption, image_to_bytes, load_captioned_images, skipped_report, tensor_to_images
@@ -237,12 +239,13 @@ def in_words(kind) -> str:
     "What an annotation allows, for an error message."
     if get_origin(kind) is Literal:
         return f"one of {', '.join(get_args(kind))}"
-    return " or ".join(part.__name__.replace("NoneType", "None") for part in get_args(kind) or (kind,))
+    words = {float: "a finite number", int: "a whole number", type(None): "None"}
+    return " or ".join(words.get(part, part.__name__) for part in get_args(kind) or (kind,))
 
 # %% ../nbs/11_train.ipynb #c325c198
 RANGES = {
     **dict.fromkeys(("steps", "vae_steps", "clip_steps", "batch_size", "vae_batch_size", "clip_batch_size", "image_size",
-                     "grad_accum", "keep", "checkpoint_every", "sample_every", "log_every"), (1, math.inf)),
+                     "grad_accum", "keep", "checkpoint_every", "sample_every", "log_every"), (1, 2**31 - 1)),
     **dict.fromkeys(("subset_size", "num_workers", "warmup", "wd", "kl_weight", "sketch_weight", "half_size_every", "lr", "vae_lr", "clip_lr"), (0, math.inf)),
     **dict.fromkeys(("grad_clip", "snr_gamma"), (1e-9, math.inf)),
     **dict.fromkeys(("caption_dropout", "ema_decay"), (0, 1)),
@@ -257,7 +260,7 @@ def check_values(config):
         if not is_allowed(value, kind):
             raise ValueError(f"--{name} must be {in_words(kind)}, not {value!r}")
         if low is not None and value is not None and not low <= value <= high:
-            raise ValueError(f"--{name} must be {f'at least {low:g}' if high > 1 else f'between {low} and {high}'}, not {value}")
+            raise ValueError(f"--{name} must be {f'at least {low:g}' if value < low and high > 1 else f'between {low} and {high}'}, not {value}")
 
 # %% ../nbs/11_train.ipynb #958b57d3
 @dataclass(frozen=True)
@@ -339,32 +342,40 @@ def sync(path: Path):
         os.close(handle)
 
 
+def remove(path: Path):
+    "A folder, a file or a link, if it is there."
+    path.unlink(missing_ok=True) if path.is_symlink() or path.is_file() else shutil.rmtree(path, ignore_errors=True)
+
+
 def write_atomically(folder: Path, write):
     "Let `write(temporary folder)` finish and reach the disk, then rename: the folder is there whole, or not at all."
     temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    remove(temporary)
     temporary.mkdir(parents=True)
     write(temporary)
     for path in (*temporary.rglob("*"), temporary):
         sync(path)
     old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
+    remove(old)
     if folder.exists():
         folder.rename(old)  # deleting takes many steps, and leaves half a folder where it is cut short
     temporary.rename(folder)
     sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    remove(old)
 
 # %% ../nbs/11_train.ipynb #71f0a772
-def write_text(path: Path, text: str):
-    "The same for one small file."
+def write_file(path: Path, write):
+    "The same for one file: `write(temporary path)`."
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    write(temporary)
+    sync(temporary)
     os.replace(temporary, path)
     sync(path.parent)
+
+
+def write_text(path: Path, text: str):
+    "The same for a text."
+    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 # %% ../nbs/11_train.ipynb #df394e2f
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -412,7 +423,7 @@ def save_checkpoint(folder: Path, step: int, model: nn.Module, ema: EMA, optimiz
         raise OSError(f"the checkpoint of step {step} could not be written ({error}); whole ones in {folder}: {kept}. "
                       "Make room, then go on with --resume") from None
     for old in [*folder.glob(".*.tmp"), *folder.glob(".*.old"), *[path for path in checkpoints_in(folder) if int(path.name) <= step][:-keep]]:
-        shutil.rmtree(old)
+        remove(old)
 
 # %% ../nbs/11_train.ipynb #e2738ba0
 def read_checkpoint(path: Path) -> dict[str, dict[str, Tensor]]:
@@ -447,12 +458,10 @@ def load_checkpoint(folder: Path, model: nn.Module, ema: EMA, optimizer: torch.o
 def read_metrics(folder: str | Path) -> list[dict]:
     "The records of a run's metrics.jsonl so far; a line that a crash cut short is left out."
     path, records = Path(folder) / "metrics.jsonl", []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        with suppress(json.JSONDecodeError):
             records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return records
+    return [record for record in records if isinstance(record, dict) and {"stage", "step"} <= record.keys()]
 
 # %% ../nbs/11_train.ipynb #a850aff2
 def forget_after(folder: Path, stage: str, step: int):
@@ -692,6 +701,7 @@ class VAEStage(PixelStage):
     @torch.no_grad()
     def preview(self, model: AutoencoderKL) -> Image.Image:
         "Eight pictures above their reconstructions."
+        from torchvision.utils import make_grid  # takes as long to import as PyTorch
         images = torch.stack([self.dataset[i]["pixel_values"] for i in range(min(8, len(self.dataset)))])
         decoded = model.decode(model.encode(images.to(self.run.device)).mean).clamp(-1, 1).cpu()
         return tensor_to_images(make_grid(torch.cat([images, decoded]), nrow=len(images), padding=2, pad_value=1)[None])[0]
@@ -856,6 +866,26 @@ def remember_parts(run: Run, parts: Parts):
         (run.folder / "checkpoints").mkdir(exist_ok=True)
         write_text(run.folder / "checkpoints" / "parts.txt", parts_fingerprint(parts))
 
+# %% ../nbs/11_train.ipynb #e02faebd
+def note_skipped(run: Run, dataset: Dataset):
+    "Keep in skipped.txt what any process could not read so far."
+    if run.world > 1:  # each has met other pictures
+        torch.distributed.all_reduce(skipped := dataset.skipped.int())
+        dataset.skipped |= skipped > 0
+    path, bad = run.folder / "skipped.txt", int(dataset.skipped.sum())
+    if run.rank == 0 and bad and not (path.is_file() and path.read_text(encoding="utf-8").startswith(f"{bad} of ")):
+        write_text(path, skipped_report(dataset, names=None) + "\n")
+
+
+def recall_skipped(folder: Path, dataset: Dataset):
+    "Mark what earlier starts of a run could not read, where that is still so."
+    path = folder / "skipped.txt"
+    found = re.findall(r"^  item (\d+):", path.read_text(encoding="utf-8"), re.M) if path.is_file() else []
+    with warnings.catch_warnings(action="ignore"):
+        for index in map(int, found):
+            if index < len(dataset) and dataset.read_or_warn(index) is None:
+                dataset.skipped[index] = True
+
 # %% ../nbs/11_train.ipynb #2601d6a7
 def read_cache(path: Path, key: str) -> dict[str, Tensor] | None:
     "The tensors of a file that was written under this key; None where it is missing, damaged, or made from something else."
@@ -868,10 +898,7 @@ def read_cache(path: Path, key: str) -> dict[str, Tensor] | None:
 # %% ../nbs/11_train.ipynb #6a2d8323
 def write_cache(path: Path, tensors: dict[str, Tensor], key: str):
     "The file is there whole, or not at all."
-    save_file(tensors, path.with_suffix(".tmp"), metadata={"key": key})
-    sync(path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
-    sync(path.parent)
+    write_file(path, functools.partial(save_file, tensors, metadata={"key": key}))
 
 
 def joined(shares: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -896,6 +923,7 @@ def cached_latents(run: Run, dataset: Dataset, parts: Parts, items: Tensor) -> d
             if not all(found):
                 raise ValueError(f"process {run.rank} of {run.world} does not see in {run.folder} what the others wrote there: --out must be one folder for all")
             cached = joined(found)
+        note_skipped(run, dataset)
         if run.rank == 0:
             write_cache(path, cached, key)
         run.any_process(False)
@@ -1204,14 +1232,13 @@ class Progress:
 # %% ../nbs/11_train.ipynb #8125fb2c
 def finish(stage, run: Run, ema: EMA):
     "Write what the stage made; the other processes wait. A signal in its last step ends the run before the next stage."
-    if run.world > 1:  # each has met other pictures
-        torch.distributed.all_reduce(skipped := stage.dataset.skipped.int())
-        stage.dataset.skipped |= skipped > 0
+    note_skipped(run, stage.dataset)
     if run.rank == 0:
+        if stage.name != "diffusion":
+            (run.folder / "model_index.json").unlink(missing_ok=True)  # with other parts the folder is no pipeline until stage diffusion ends
         stage.finish(ema.model)
         if skipped := skipped_report(stage.dataset):
             print(skipped, file=sys.stderr)
-            write_text(run.folder / "skipped.txt", skipped_report(stage.dataset, names=None) + "\n")
     if run.any_process(bool(run.stop)) and run.config.stage == "all" and stage.name != "diffusion":
         leave(run, f"and saved after step {stage.steps} of {stage.steps}, stage {stage.name}")
 
@@ -1233,8 +1260,7 @@ def fit(stage, run: Run):
         for step in range(first, stage.steps):
             torch.manual_seed(seed_at(c.seed, stage.name, step, run.rank))
             rate = learning_rate(step, stage.steps, stage.lr, c.warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            for group in optimizer.param_groups: group["lr"] = rate
             loss, numbers = backward(stage, forward, step, run)
             norm = nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip)
             guard.see(step, loss, norm)
@@ -1247,6 +1273,7 @@ def fit(stage, run: Run):
             stopped = run.any_process(bool(run.stop))
             if report or look or save or stopped:
                 guard.check(stage, model)
+                note_skipped(run, stage.dataset)
             if report:
                 progress.report(done, loss, numbers, lr=rate, grad_norm=norm.item())
             if run.rank == 0 and (save or stopped):
@@ -1308,19 +1335,40 @@ def check_image_size(config: TrainConfig, arch: Architecture, parts: Parts | Non
     if config.image_size % multiple:
         raise ValueError(f"--image_size must be a multiple of {multiple} for these networks, not {config.image_size}")
 
+# %% ../nbs/11_train.ipynb #460ad196
+def steps_made(out: str | Path, stage: str) -> int:
+    "How many steps of a stage the newest checkpoint of a run has behind it; 0 where there is none."
+    return max((int(path.name) for path in checkpoints_in(Path(out) / "checkpoints" / stage)), default=0)
+
+
+def stages_of(config: TrainConfig) -> list[str]:
+    "The stages to train. What stage diffusion stands on is left as it is, once that has a checkpoint."
+    return [config.stage] if config.stage != "all" else ["diffusion"] if config.resume and steps_made(config.out, "diffusion") else ["vae", "clip", "diffusion"]
+
+
+def check_goes_on(config: TrainConfig):
+    "ValueError where a run cannot go on like this: other networks, other numbers, or fewer steps than it has made; or other parts below its UNet."
+    asked = {"vae": config.vae_steps, "clip": config.clip_steps, "diffusion": config.steps}
+    begun, known = steps_made(config.out, "diffusion"), ("arch", "image_size", "optimizer", "seed")
+    if begun and config.stage in ("vae", "clip"):
+        raise ValueError(f"the UNet in {config.out} stands on its stage {config.stage}, which cannot be trained any more: choose another --out")
+    for stage in ("vae", "clip", "diffusion") if config.stage == "all" else [config.stage]:
+        made, before = steps_made(config.out, stage), stored_config(config.out, stage)
+        for name in known + ("train_text_encoder", "sketch_weight", "scheduler", "prediction_type") * (stage == "diffusion"):
+            if made and getattr(before, name) != getattr(config, name):
+                raise ValueError(f"stage {stage} in {config.out} began with --{name} {getattr(before, name)}: it cannot go on with {getattr(config, name)}")
+        if asked[stage] < made or begun and stage != "diffusion" and made not in (0, asked[stage]):
+            raise ValueError(f"stage {stage} in {config.out} has made {made} steps already"
+                             f"{', and the UNet stands on them' * (stage != 'diffusion')}: {asked[stage]} cannot be asked for")
+
 # %% ../nbs/11_train.ipynb #3612f8a9
 def check_out(config: TrainConfig):
     "ValueError where the folder cannot become this run's, or where its run cannot go on like this."
     out = Path(config.out)
     if config.resume:
-        before, stages = stored_config(config.out), "*" if config.stage == "all" else config.stage
-        for name, trained in (("arch", stages), ("image_size", stages), ("optimizer", stages), ("seed", stages), ("train_text_encoder", "diffusion"), ("sketch_weight", "diffusion"),
-                              ("scheduler", "diffusion"), ("prediction_type", "diffusion")):
-            was, now = getattr(before, name), getattr(config, name)
-            if was != now and any(out.glob(f"checkpoints/{trained}/[0-9]*")):
-                raise ValueError(f"the run in {out} began with --{name} {was}: it cannot go on with {now}")
-    elif (out / "run.json").exists():
-        raise ValueError(f"{out} already holds a run: add --resume to go on with it, or choose another --out")
+        check_goes_on(config)
+    elif any(any(out.glob(there)) for there in ("run.json", "model_index.json", "checkpoints/*/[0-9]*")):
+        raise ValueError(f"{out} already holds a run or a model: add --resume to go on with a run, or choose another --out")
     if config.tensorboard:
         try:
             import tensorboard  # noqa: F401
@@ -1417,7 +1465,8 @@ def open_dataset(config: TrainConfig) -> Dataset:
     "The pictures that the configuration names, and one look at the first of them."
     dataset = load_captioned_images(config.dataset, config.split, image_size=config.image_size, cache_dir=config.cache_dir, seed=config.seed,
                                     subset_size=config.subset_size or None, image_column=config.image_column, caption_column=config.caption_column)
-    dataset[0]
+    with warnings.catch_warnings(action="ignore"):
+        dataset[0]  # what is skipped is named at the end
     used, there = len(dataset.rows), len(getattr(dataset.rows, "dataset", dataset.rows))
     if used < there and config.dataset != "scenes" and int(os.environ.get("RANK", 0)) == 0:
         print(f"note: the first {used:,} of {there:,} pictures are used; --subset_size 0 takes all", file=sys.stderr)
@@ -1479,10 +1528,12 @@ def train(config: TrainConfig) -> Path:
     if parts:
         check_same_parts(Path(config.out), parts)
         note_ignored_parts(config)
-    run = open_run(config, device, rank, world, dataset)  # nothing was written so far
+    run, stages = open_run(config, device, rank, world, dataset), stages_of(config)  # nothing was written so far
+    if config.resume:
+        recall_skipped(run.folder, dataset)
     make = {"vae": lambda: VAEStage(run, dataset, arch), "clip": lambda: CLIPStage(run, dataset, arch),
             "diffusion": lambda: DiffusionStage(run, dataset, arch, parts or load_parts(run.folder, run.folder))}
-    for name in make if config.stage == "all" else [config.stage]:
+    for name in stages:
         torch.manual_seed(seed_at(config.seed, name, "weights"))
         with explained(name, run), stop_signals() as run.stop, no_worker_left():
             stage = make[name]()
@@ -1496,11 +1547,13 @@ def train(config: TrainConfig) -> Path:
     return run.folder
 
 # %% ../nbs/11_train.ipynb #8ed70f71
-def stored_config(out: str | None) -> TrainConfig:
-    "The configuration of the run in a folder."
+def stored_config(out: str | None, stage: str | None = None) -> TrainConfig:
+    "The configuration of the run in a folder: that of its last start, or of the last one that trained this stage."
     if out is None or not (Path(out).expanduser() / "run.json").is_file():
         raise ValueError(f"--resume needs --out with the folder of a run; {out or 'none was given'}{' is none' if out else ''}")
-    stored = read_json(Path(out).expanduser() / "run.json").get("config")
+    about = read_json(Path(out).expanduser() / "run.json")
+    starts = [start.get("config") for start in (about, *reversed(about.get("earlier", [])))]
+    stored = next((config for config in starts if stage and config and config.get("stage") in (stage, "all")), starts[0])
     if not isinstance(stored, dict):
         raise ValueError(f"{out}/run.json holds no configuration")
     try:

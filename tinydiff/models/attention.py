@@ -27,7 +27,7 @@ def show_attention(
     if first: axes.flat[0].imshow((image.detach().permute(1, 2, 0) / 2 + 0.5).clamp(0, 1))
     for ax, word, map in zip(axes.flat[first:], words, weights.detach().T.reshape(-1, side, side)):
         ax.imshow(map, cmap="magma", vmin=0, vmax=1)
-        ax.set_title(word, fontsize=9)
+        ax.set_title(word, fontsize=9, parse_math=False)
     plt.close(fig)
     return fig
 

@@ -41,8 +41,10 @@ def byte_pair_tokenizer(vocab: dict[str, int], merges: list[tuple[str, str]]) ->
 # %% ../../nbs/09_clip.ipynb #082c6174
 def train_merges(captions: Iterable[str], vocab_size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
     "Vocabulary and merges in CLIP's order: 256 bytes, the same at a word's end, one entry a merge, start, end."
+    if isinstance(captions, str): raise TypeError("captions are a list of texts, not one text")
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     base = letters + [letter + "</w>" for letter in letters]  # of equally frequent pairs, the one that is first here is merged first
+    if vocab_size < len(base) + 2: raise ValueError(f"vocab_size must be at least {len(base) + 2}: 256 bytes, alone and at a word's end, start and end; got {vocab_size}")
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - 2, special_tokens=base, end_of_word_suffix="</w>", show_progress=False)
     tokenizer = byte_pair_tokenizer({}, [])
     tokenizer.train_from_iterator(captions, trainer)
@@ -182,7 +184,7 @@ class CLIPVisionConfig:
 
 # %% ../../nbs/09_clip.ipynb #97b28d29
 class ImageEncoder(nn.Module):
-    "A vision transformer (Dosovitskiy et al. 2021) over patches, and one class token that reads them: CLIP's image tower without its first norm."
+    "A vision transformer (Dosovitskiy et al. 2021) over patches, and one class token that reads them: CLIP's image tower without its first norm, and with a bias in the patch convolution."
 
     def __init__(self, config: CLIPVisionConfig = CLIPVisionConfig()):
         super().__init__()
@@ -220,8 +222,9 @@ class CLIP(nn.Module):
 
     def forward(self, images: Tensor, ids: Tensor, gather: Callable[[Tensor], Tensor] = lambda rows: rows) -> Tensor:
         "Similarity of every image with every caption times the temperature's inverse, (images, captions); `gather` adds other processes' rows."
-        scale = self.logit_scale.clamp(max=math.log(100)).exp()
-        return scale * gather(self.encode_image(images)) @ gather(self.encode_text(ids)).T
+        s = self.logit_scale
+        s = s + (s.clamp(max=math.log(100)) - s).detach()  # `clamp` alone has no gradient above its bound, and s would never come down
+        return s.exp() * gather(self.encode_image(images)) @ gather(self.encode_text(ids)).T
 
 # %% ../../nbs/09_clip.ipynb #840cd0dd
 def contrastive_loss(

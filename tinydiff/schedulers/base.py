@@ -23,9 +23,10 @@ def word_points(
     "Points spread evenly over the ink of a word: a data set that fits into the plane."
     from PIL import Image, ImageDraw, ImageFont
     font = ImageFont.load_default(64)
-    image = Image.new("L", (48 * len(word) + 32, 112))
+    image = Image.new("L", (round(font.getlength(word)) + 40, 112))
     ImageDraw.Draw(image).text((16, 16), word, fill=255, font=font, stroke_width=1)
     width, ink = image.width, torch.tensor(list(image.tobytes())).gt(128).nonzero()[:, 0]
+    if len(ink) == 0: raise ValueError(f"{word!r} leaves no ink")
     ink = ink[torch.randint(len(ink), (n,), generator=generator)]
     points = torch.stack([ink % width, -(ink // width)], 1) + torch.rand(n, 2, generator=generator)
     return (points - points.mean(0)) / points.std(0).max()

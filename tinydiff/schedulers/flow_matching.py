@@ -7,6 +7,7 @@ __all__ = ['CLASS_NAMES', 'DIFFUSERS_ONLY', 'SCHEDULERS', 'shift_sigma', 'from_d
            'FlowMatchingScheduler', 'make_scheduler', 'scheduler_from_config']
 
 # %% ../../nbs/05_flow_matching.ipynb #b6fc6c61
+import math
 from dataclasses import dataclass
 import torch
 from torch import Tensor
@@ -48,8 +49,11 @@ class FlowMatchingConfig(Configurable):
     def __post_init__(self):
         check_option("weighting_scheme", self.weighting_scheme, ("uniform", "logit_normal"))
         check_option("solver", self.solver, CLASS_NAMES)
-        for name in ("num_train_timesteps", "shift", "logit_std"):
-            if not getattr(self, name) > 0: raise ValueError(f"{name} must be above 0; got {getattr(self, name)}")
+        if self.num_train_timesteps % 1 or self.num_train_timesteps < 1:
+            raise ValueError(f"num_train_timesteps must be a whole number of at least 1; got {self.num_train_timesteps}")
+        for name in ("shift", "logit_std"):
+            if not 0 < getattr(self, name) < math.inf: raise ValueError(f"{name} must be above 0; got {getattr(self, name)}")
+        if not math.isfinite(self.logit_mean): raise ValueError(f"logit_mean must be a finite number; got {self.logit_mean}")
 
     def to_config(self) -> dict:
         "scheduler_config.json; what diffusers has no word for goes under `_tinydiff`, which it skips."
@@ -80,7 +84,8 @@ class FlowMatchingScheduler(FlowMatchingConfig, Scheduler):
     def set_timesteps(self, num_inference_steps: int, device=None) -> None:
         "N equal steps of sigma from 1 to 0, shifted once; Heun visits each of them twice, except the first."
         N = num_inference_steps
-        if not 1 <= N <= self.num_train_timesteps: raise ValueError(f"num_inference_steps must be in [1, {self.num_train_timesteps}]; got {N}")
+        if N not in range(1, self.num_train_timesteps + 1):
+            raise ValueError(f"num_inference_steps must be a whole number from 1 to {self.num_train_timesteps}; got {N!r}")
         sigma = shift_sigma(1 - torch.arange(N, dtype=torch.float64) / N, self.shift)
         times = (sigma * self.num_train_timesteps).float()
         if self.solver == "heun": times = torch.cat([times[:1], times[1:].repeat_interleave(2)])
