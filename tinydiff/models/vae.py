@@ -77,21 +77,16 @@ class Downsample(nn.Module):
 
 # %% ../../nbs/08_vae.ipynb #d4e40202
 class Upsample(nn.Module):
-    """Doubles height and width: each pixel repeated, then a convolution; computed as one transposed convolution, which is the same.
-
-    Not so where that is slow to differentiate: on CPUs in bfloat16.
-    """
+    "Doubles height and width: each pixel repeated, then a convolution; computed as one transposed convolution, which is the same."
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:  # (batch, channels, height, width) -> (batch, channels, 2 height, 2 width)
-        if x.requires_grad and x.dtype == torch.bfloat16 and x.device.type == "cpu":
-            return self.conv(F.interpolate(x, scale_factor=2))
         padded = F.pad(self.conv.weight, (1, 1, 1, 1))  # not by avg_pool2d: on GPUs its padding has a wrong gradient, channels last (PyTorch issue 188344)
         sums = F.avg_pool2d(padded, 2, stride=1, divisor_override=1)  # (out, in, 4, 4)
-        return F.conv_transpose2d(x, sums.flip(2, 3).transpose(0, 1), self.conv.bias, stride=2, padding=1)
+        return F.conv_transpose2d(x, sums.flip(2, 3).transpose(0, 1), stride=2, padding=1) + self.conv.bias[:, None, None]
 
 # %% ../../nbs/08_vae.ipynb #f8a79761
 class MidBlock(nn.Module):
