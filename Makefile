@@ -70,5 +70,5 @@ readme: .venv/.with-notebooks  ## write README.md from nbs/index.ipynb
 	$(BIN)/python .github/site/readme.py
 
 clean:  ## remove what these commands made (your runs/ stay)
-	rm -rf .venv demo _docs build *.egg-info .pytest_cache
-	find . -name __pycache__ -not -path './.git/*' -exec rm -rf {} +
+	rm -rf .venv uv.lock demo _docs build *.egg-info .pytest_cache
+	find . \( -name __pycache__ -o -name .ipynb_checkpoints \) -not -path './.git/*' -exec rm -rf {} +

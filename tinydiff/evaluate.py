@@ -599,7 +599,8 @@ def score_table(results: dict) -> str:
         lines += [f"{measure.upper():16}{model}; renders through the VAE {vae}; as many fresh renders {floor}"]
     near = results["nearest_training_picture"]
     lines += [f"{'nearest':16}{near['model']:.3f} to a training picture; fresh renders through the VAE {near['vae']:.3f}"]
-    return "\n".join([*lines, f"{'copies':16}{100 * near['copies']:.1f} % are nearer to one than any of these renders"])
+    if "copies" in near: lines += [f"{'copies':16}{100 * near['copies']:.1f} % are nearer to one than any of these renders"]  # earlier versions did not count
+    return "\n".join(lines)
 
 # %% ../nbs/13_evaluate.ipynb #be4dcf52
 @dataclass(frozen=True)

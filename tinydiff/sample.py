@@ -184,7 +184,7 @@ class Pipeline:
         return cls(*(load(folders[part]) for load, part in zip(loaders, PARTS))).to(device, dtype)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float32):
-        "Write the folder that `from_pretrained` and diffusers' StableDiffusionPipeline open."
+        "Write the folder that `from_pretrained` and diffusers' StableDiffusionPipeline open (that pipeline draws with DDPM's schedulers alone)."
         folder = Path(folder).expanduser()
         for part in PARTS:
             save_component(getattr(self, part), folder / part, dtype)
