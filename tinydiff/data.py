@@ -174,7 +174,8 @@ class CaptionedImages(ImageItems, Dataset):
             if known[i]: continue
             if found := self.read_or_warn(i): return found
             known[i] = True
-        with warnings.catch_warnings(record=True, action="always") as said: self.read_or_warn(index)
+        with warnings.catch_warnings(record=True, action="always") as said:
+            if found := self.read_or_warn(index): return found  # mended meanwhile
         raise ValueError(f"none of the {len(self)} items has a readable image and a caption: {said[-1].message}")
 
     def __getitem__(self, index: int) -> dict:

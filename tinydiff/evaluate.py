@@ -686,7 +686,7 @@ def training_set(checkpoint: str) -> tuple[str, int]:
     path = Path(checkpoint).expanduser()
     run = path.parent / "../../.." if path.suffix == ".safetensors" else path
     settings = json.loads((run / "run.json").read_text())["config"] if (run / "run.json").exists() else {}
-    return (settings["split"], settings["seed"]) if settings.get("dataset") == "scenes" else ("train", 0)
+    return (settings.get("split", "train"), settings.get("seed", 0)) if settings.get("dataset") == "scenes" else ("train", 0)
 
 
 def run_exam(config: EvalConfig, chosen: dict, reader: Reader) -> tuple[dict, Evaluation]:

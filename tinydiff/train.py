@@ -1273,9 +1273,9 @@ def fit(stage, run: Run):
             stopped = run.any_process(bool(run.stop))
             if report or look or save or stopped:
                 guard.check(stage, model)
-                note_skipped(run, stage.dataset)
             if report:
                 progress.report(done, loss, numbers, lr=rate, grad_norm=norm.item())
+            if save or stopped: note_skipped(run, stage.dataset)
             if run.rank == 0 and (save or stopped):
                 save_checkpoint(checkpoints, done, model, ema, optimizer, c.keep)
             if run.rank == 0 and look:

@@ -52,7 +52,7 @@ class FlowMatchingConfig(Configurable):
         if self.num_train_timesteps % 1 or self.num_train_timesteps < 1:
             raise ValueError(f"num_train_timesteps must be a whole number of at least 1; got {self.num_train_timesteps}")
         for name in ("shift", "logit_std"):
-            if not 0 < getattr(self, name) < math.inf: raise ValueError(f"{name} must be above 0; got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf: raise ValueError(f"{name} must be a finite number above 0; got {getattr(self, name)}")
         if not math.isfinite(self.logit_mean): raise ValueError(f"logit_mean must be a finite number; got {self.logit_mean}")
 
     def to_config(self) -> dict:
