@@ -129,7 +129,7 @@ MUTATIONS = [
     bug("a finished run's parts overwritten while it goes on", "train.py", 'else ["diffusion"] if config.resume and steps_made(config.out, "diffusion") else', "else", T + "a_finished_run_that_goes_on_is_whole_all_the_while"),
     bug("a VAE trained on below its UNet", "train.py", 'if begun and config.stage in ("vae", "clip"):', "if False:", T + "what_a_unet_stands_on_is_not_trained_any_more"),
     bug("a model overwritten by a run", "train.py", '("run.json", "model_index.json", "checkpoints/*/[0-9]*")', '("run.json",)', T + "neither_a_model_nor_checkpoints_alone_are_overwritten"),
-    bug("copies looked for in another training set", "evaluate.py", 'if settings.get("dataset") == "scenes" else', "if False else", E + "copies_are_looked_for_where_a_run_was_trained"),
+    bug("copies looked for in another training set", "evaluate.py", 'settings.get("dataset") != "scenes": return', "True: return", E + "copies_are_looked_for_where_a_run_was_trained"),
     bug("processes that all encode everything", "train.py", "items.tensor_split(len(shares))[run.rank])", "items)", T + "two_processes_share_the_encoding"),
     bug("gathered rows whose gradients stay with one process", "train.py", "torch.distributed.all_reduce(total := gradient.clone(memory_format=torch.contiguous_format))", "total = gradient", T + "two_processes_are_like_one[adamw-1e-06-clip]"),
     bug("pictures for validation that are trained on", "data.py", "FOLDER_SPLITS[name.lower()] for name in within if name.lower() in FOLDER_SPLITS", "FOLDER_SPLITS[name] for name in within[:1] if name in FOLDER_SPLITS", D + "no_picture_for_validation_is_trained_on"),

@@ -233,6 +233,33 @@ def test_a_table_beside_captioned_pictures(tmp_path, rng):
     assert [item["caption"] for item in load_captioned_images(str(tmp_path), image_size=8)] == ["a boat"]
 
 
+@pytest.mark.parametrize("beside", ["metadata.csv", "teaser.txt"])
+def test_what_lies_beside_a_parquet_data_set(beside, tmp_path, rng):
+    "It stays the data set, whatever else its repository holds."
+    noise(rng).save(tmp_path / "0.png")
+    write_repo(tmp_path / "repo", [{"image": {"bytes": (tmp_path / "0.png").read_bytes(), "path": None}, "text": "from parquet"}], "train")
+    (tmp_path / "repo" / beside).write_text("id,license\n0,CC0\n")
+    noise(rng).save(tmp_path / "repo/teaser.png")
+    assert [item["caption"] for item in load_captioned_images(str(tmp_path / "repo"), image_size=8, cache_dir=str(tmp_path / "cache"))] == ["from parquet"]
+
+
+def test_lists_of_lists_of_captions(tmp_path, rng):
+    noise(rng).save(tmp_path / "0.png")
+    write_repo(tmp_path / "repo", [{"image": {"bytes": (tmp_path / "0.png").read_bytes(), "path": None}, "captions": [["a boat", "a ship"], ["a sail"]]}], "train")
+    data = load_captioned_images(str(tmp_path / "repo"), image_size=8, cache_dir=str(tmp_path / "cache"))
+    assert data.read(0)[1] == ["a boat", "a ship", "a sail"]
+
+
+def test_quotes_in_a_table(tmp_path, rng):
+    "What a lenient reader understands is read; a quote that swallows the rest of the file is not."
+    for name in "ab": noise(rng).save(tmp_path / f"{name}.png")
+    table = tmp_path / "metadata.csv"
+    table.write_text('file_name,text\na.png,"a red boat" \nb.png,"two\nlines, ""quoted"""\n')
+    assert [item["caption"] for item in load_captioned_images(str(tmp_path), image_size=8)] == ["a red boat", 'two lines, "quoted"']
+    table.write_text('file_name,text\na.png,a boat\nb.png,"12 inch\na.png,c\n')
+    with pytest.raises(ValueError, match="metadata.csv: line 3: a quote is opened there and not closed"): load_captioned_images(str(tmp_path), image_size=8)
+
+
 def test_captions_that_are_no_texts(tmp_path, rng):
     datasets = pytest.importorskip("datasets")
     noise(rng).save(tmp_path / "0.png")

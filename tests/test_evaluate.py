@@ -5,6 +5,7 @@ import json
 import random
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -315,11 +316,20 @@ def test_copies_are_looked_for_where_a_run_was_trained(tmp_path):
     "Its own split and seed, by run.json, also for one step of it; the default ones where there is none."
     step = tmp_path / "checkpoints/diffusion/0000002/ema.safetensors"
     step.parent.mkdir(parents=True)
-    assert ev.training_set("tiny") == ev.training_set(str(tmp_path)) == ("train", 0)
+    assert ev.training_set("tiny") == ev.training_set(str(tmp_path)) == ("train", 0) != ev.training_set("tiny-ddpm")
+    for other in ("", "{}", "[]", '{"config": null}'):  # somebody else's file
+        (tmp_path / "run.json").write_text(other)
+        assert ev.training_set(str(tmp_path)) == ("train", 0)
     for dataset, expected in (("scenes", ("train-25", 7)), ("emoji", ("train", 0))):
         (tmp_path / "run.json").write_text(json.dumps({"config": {"dataset": dataset, "split": "train-25", "seed": 7}}))
         assert ev.training_set(str(tmp_path)) == ev.training_set(str(step)) == expected
     assert not torch.equal(ev.training_pixels("train", 0, 2), ev.training_pixels("train", 1, 2))
+
+
+def test_several_values_or_one():
+    config = ev.EvalConfig(checkpoint=Path("run"), steps=range(1, 3), guidance_scale=2)
+    assert (config.checkpoint, config.steps, config.guidance_scale, config.scheduler) == (("run",), (1, 2), (2,), ())
+    with pytest.raises(ValueError, match="--training_seed must be"): ev.EvalConfig(training_seed=-1)
 
 
 def test_a_place_that_cannot_be_written_is_noticed_first(tmp_path, monkeypatch, capsys):

@@ -274,6 +274,23 @@ def test_stable_diffusion_config():
 
 
 @pytest.mark.parametrize("name", SOLVERS)
+def test_what_other_solvers_files_may_not_ask(name):
+    "What changes the road is refused; what is none of theirs, or about the steps, counts for nothing."
+    file = {"_class_name": name, "beta_schedule": "scaled_linear", "clip_sample": True, "clip_sample_range": 2.0, "solver_order": 3}
+    assert not scheduler_from_config(file).clip_sample
+    for key, value in (("use_flow_sigmas", True), ("timestep_type", "continuous"), ("trained_betas", [0.1])):
+        with pytest.raises(ValueError, match=f"{key} must be"): scheduler_from_config({**file, key: value})
+
+
+@pytest.mark.parametrize("name", ["ddpm", "flow"])
+def test_a_whole_float_is_a_number_of_timesteps(name):
+    scheduler = make_scheduler(name, num_train_timesteps=100.0)
+    scheduler.set_timesteps(5.0)
+    assert scheduler == make_scheduler(name, num_train_timesteps=100) and len(scheduler.timesteps) == 5
+    with pytest.raises(ValueError, match="num_train_timesteps must be a whole number of at least 1; got '1000'"): make_scheduler(name, num_train_timesteps="1000")
+
+
+@pytest.mark.parametrize("name", SOLVERS)
 def test_other_solvers_files_are_walked_as_ddim(name):
     "As diffusers' own DDIM reads such a file: the same timesteps, the same alpha-bar."
     file = getattr(diffusers, name)(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")

@@ -8,8 +8,8 @@ __all__ = ['UNREADABLE', 'EMOJI_WORDINGS', 'IMAGE_COLUMNS', 'CAPTION_COLUMNS', '
            'flatten_captions', 'choose_caption', 'ImageItems', 'read_file', 'CaptionedImages', 'skipped_report',
            'Dealt', 'shuffled', 'dealt', 'StreamedImages', 'read_scene', 'with_article', 'emoji_captions', 'unknown',
            'import_or_say', 'emoji_rows', 'choose_columns', 'parse_rows', 'read_metadata', 'read_sidecars',
-           'folder_rows', 'HubDataset', 'open_repo', 'read_hub_row', 'Grouped', 'hub_rows', 'is_folder', 'find_rows',
-           'is_whole', 'load_captioned_images', 'show_items']
+           'folder_rows', 'HubDataset', 'open_repo', 'read_hub_row', 'Grouped', 'holds_text', 'hub_rows', 'is_folder',
+           'find_rows', 'is_whole', 'load_captioned_images', 'show_items']
 
 # %% ../nbs/02_data.ipynb #704b8326
 import csv, difflib, importlib, io, json, os, random, re, struct, warnings, zlib
@@ -318,7 +318,13 @@ def parse_rows(path: Path) -> Iterator[dict]:
     "The rows of a csv or jsonl file; ValueError with the line where one is wrong."
     with path.open(newline="", encoding="utf-8-sig") as f:
         if path.suffix == ".csv":
-            for row in (reader := csv.DictReader(f, strict=True)):
+            begin, reader = 1, csv.reader(f, strict=True)
+            try:
+                for _ in reader: begin = reader.line_num + 1
+            except csv.Error as e:
+                if "end of data" in str(e): raise ValueError(f"line {begin}: a quote is opened there and not closed") from None
+            f.seek(0)
+            for row in (reader := csv.DictReader(f)):
                 if None in row: raise ValueError(f"line {reader.line_num} has more fields than the first has columns; a caption with commas needs quotes")
                 yield row
         else:
@@ -429,6 +435,10 @@ class Grouped:
         return {**self.rows[self.groups[i][0]], **self.captions[self.groups[i]]}
 
 # %% ../nbs/02_data.ipynb #36538fa4
+def holds_text(value) -> bool:
+    "A text, none, or a list of such."
+    return all(map(holds_text, value)) if isinstance(value, (list, tuple)) else isinstance(value, (str, type(None)))
+
 def hub_rows(
     source: HubDataset,            # repository, columns, splits
     split: str = "train",          # one of the source's, perhaps with a slice: "train[:10%]"
@@ -448,8 +458,7 @@ def hub_rows(
         first = next(iter(rows), {})  # a stream casts as it reads
     except (TypeError, ValueError, NotImplementedError): raise ValueError(f"{source.repo}: column {image!r} holds no pictures; choose one with image_column") from None
     for column in captions:
-        values = first[column] if isinstance(first.get(column), list) else [first.get(column)]
-        if not all(isinstance(value, (str, type(None))) for value in values): raise ValueError(f"{source.repo}: column {column!r} holds no text; choose one with caption_column")
+        if not holds_text(first.get(column)): raise ValueError(f"{source.repo}: column {column!r} holds no text; choose one with caption_column")
     first = first.get(image) or {}
     if not first.get("bytes") and (first.get("path") or "").startswith("http"): raise ValueError(f"{source.repo}: column {image!r} holds addresses: download the pictures, and pass their folder")
     return Grouped(rows, group_by, captions) if group_by else rows, partial(read_hub_row, image_column=image, caption_columns=captions)
@@ -470,15 +479,16 @@ def find_rows(name: str, split: str, image_size: int, cache_dir: str | None, str
     if is_folder(name):
         folder = Path(name).expanduser()
         if not folder.is_dir(): raise FileNotFoundError(f"{name}: no such folder")
-        try: return folder_rows(folder, split, image_column, caption_column), read_file
-        except FileNotFoundError:
-            if not any(folder.rglob("*.parquet")): raise
+        if not any(folder.rglob("*.parquet")): return folder_rows(folder, split, image_column, caption_column), read_file
         source = HubDataset(str(folder), image_column=None, splits={})
     elif name in DATASETS: source = DATASETS[name]
     elif name.count("/") == 1: source = HubDataset(name, image_column=None, splits={})
     else: raise unknown("there is no data set", name, ("scenes", "emoji", *DATASETS, "organization/name", "./folder"))
     columns = {"image_column": image_column or source.image_column, "caption_column": caption_column or source.caption_column}
-    return hub_rows(replace(source, **columns), split, cache_dir, streaming)
+    try: return hub_rows(replace(source, **columns), split, cache_dir, streaming)
+    except ValueError:  # tables that downloaders leave: about the pictures that lie beside them
+        if not is_folder(name) or not read_sidecars(folder): raise
+        return folder_rows(folder, split, image_column, caption_column), read_file
 
 # %% ../nbs/02_data.ipynb #a1190e9f
 def is_whole(value) -> bool:

@@ -24,6 +24,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from numbers import Number
 from pathlib import Path
 from typing import Literal
 
@@ -40,7 +41,7 @@ from tqdm.auto import tqdm
 from .data import bytes_to_tensor, image_to_tensor, is_whole, tensor_to_images
 from .models.vae import AutoencoderKL
 from tinydiff.sample import (
-    BUNDLED, SAMPLERS, TextToImage, check_counts, check_scale, choose_device, contact_sheet, guided_context, latent_shape,
+    BUNDLED, SAMPLERS, TextToImage, check_counts, check_scale, choose_device, contact_sheet, guided_context, latent_shape, made_for,
     one_line_errors, open_sampler, pick, read_flags, started, write_image,
 )
 from .scenes import COLORS, KINDS, PLACES, RELATIONS, SIZES, STYLES, Scene, Scenes, Thing, caption, is_heldout, parse, render, sample_scene
@@ -597,8 +598,8 @@ def score_table(results: dict) -> str:
     for measure, digits in (("fid", 2), ("kid", 3)):
         model, vae, floor = (f"{results['distances'][name][measure]:.{digits}f}" for name in ("model", "vae", "renders"))
         lines += [f"{measure.upper():16}{model}; renders through the VAE {vae}; as many fresh renders {floor}"]
-    near = results["nearest_training_picture"]
-    lines += [f"{'nearest':16}{near['model']:.3f} to a training picture; fresh renders through the VAE {near['vae']:.3f}"]
+    near, whose = results["nearest_training_picture"], f" ({results['training_set']})" if "training_set" in results else ""
+    lines += [f"{'nearest':16}{near['model']:.3f} to a training picture{whose}; fresh renders through the VAE {near['vae']:.3f}"]
     if "copies" in near: lines += [f"{'copies':16}{100 * near['copies']:.1f} % are nearer to one than any of these renders"]  # earlier versions did not count
     return "\n".join(lines)
 
@@ -622,7 +623,9 @@ class EvalConfig:
 
     def __post_init__(self):
         for name in ("checkpoint", "scheduler", "steps", "guidance_scale"):
-            if not isinstance(value := getattr(self, name), (tuple, list)): object.__setattr__(self, name, (value,))  # a single value
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, (str, Path, Number)) else tuple(value))  # a single one, or several
+        object.__setattr__(self, "checkpoint", tuple(map(str, self.checkpoint)))
         names = ("prompts", "images", "batch_size", "reference_pictures", "training_pictures")
         check_counts(**{name: getattr(self, name) for name in names})
         for value in self.steps: check_counts(steps=value)
@@ -631,8 +634,9 @@ class EvalConfig:
             raise ValueError("--checkpoint, --steps and --guidance_scale need at least one value each")
         if self.prompts > LIST_LENGTH or self.images > 100:
             raise ValueError(f"--prompts goes up to {LIST_LENGTH}, --images up to 100; got {self.prompts} and {self.images}")
-        if not is_whole(self.seed) or not 0 <= self.seed < 2**62:
-            raise ValueError(f"--seed must be a whole number from 0 to about 2^62; got {self.seed!r:.40}")
+        for name, seed in (("seed", self.seed), ("training_seed", self.training_seed or 0)):
+            if not is_whole(seed) or not 0 <= seed < 2**62:
+                raise ValueError(f"--{name} must be a whole number from 0 to about 2^62; got {seed!r:.40}")
 
     def combinations(self) -> list[dict]:
         "The settings of each exam."
@@ -682,22 +686,27 @@ def training_pixels(split: str, seed: int, count: int) -> Tensor:
 
 
 def training_set(checkpoint: str) -> tuple[str, int]:
-    "Split and seed of the scenes that a run was trained on, as its run.json says; those of `--split train --seed 0` where there is none."
+    "Split and seed of the scenes that a run was trained on, as its run.json says; those of `--split train --seed 0` where that does not."
+    if checkpoint == "tiny-ddpm": return "train", 1
     path = Path(checkpoint).expanduser()
     run = path.parent / "../../.." if path.suffix == ".safetensors" else path
-    settings = json.loads((run / "run.json").read_text())["config"] if (run / "run.json").exists() else {}
-    return (settings.get("split", "train"), settings.get("seed", 0)) if settings.get("dataset") == "scenes" else ("train", 0)
+    try: settings = json.loads((run / "run.json").read_text(encoding="utf-8"))["config"]
+    except (OSError, ValueError, LookupError, TypeError): settings = None
+    if not isinstance(settings, dict) or settings.get("dataset") != "scenes": return "train", 0
+    return settings.get("split", "train"), settings.get("seed", 0)
 
 
 def run_exam(config: EvalConfig, chosen: dict, reader: Reader) -> tuple[dict, Evaluation]:
     "One combination of the settings: a record for results.json, and the evaluation itself."
-    split, seed = training_set(chosen["checkpoint"])
-    training = training_pixels(split, seed if config.training_seed is None else config.training_seed, config.training_pictures)
+    split, seed = training_set(made_for(chosen["checkpoint"], chosen["scheduler"]))
+    if config.training_seed is not None: seed = config.training_seed
+    training = training_pixels(split, seed, config.training_pictures)
     pipe = open_checkpoint(chosen["checkpoint"], chosen["scheduler"], reader.whole.weight.device)
     settings = {name: chosen[name] for name in ("steps", "guidance_scale")}
     begin = time.perf_counter()
     done = evaluate(pipe, reader, exam(config.prompts), config.images, config.seed, batch_size=config.batch_size, **settings)
-    record = chosen | {"scheduler": sampler_name(pipe), "unet_calls": unet_calls(pipe, **settings), "seconds": round(time.perf_counter() - begin, 1)}
+    record = chosen | {"scheduler": sampler_name(pipe), "unet_calls": unet_calls(pipe, **settings), "seconds": round(time.perf_counter() - begin, 1),
+                       "training_set": f"{split}, seed {seed}"}
     return record | report(done, pipe, reader, training, config.reference_pictures), done
 
 # %% ../nbs/13_evaluate.ipynb #2f6f72a7

@@ -9,7 +9,7 @@ __all__ = ['BUNDLED', 'UNETS', 'SAMPLERS', 'PICTURES', 'PRECISIONS', 'is_hub_id'
            'repeat_prompts', 'SampleState', 'started', 'Sampler', 'TextToImage', 'pick', 'film_strip', 'samplers_of',
            'choose_sampler', 'is_folder', 'SampleConfig', 'first_complaint', 'read_flags', 'picture_settings',
            'image_bytes', 'write_image', 'read_settings', 'folder_for', 'write_images', 'out_of_memory',
-           'choose_device', 'open_sampler', 'sample', 'one_line_errors', 'main', 'start_app']
+           'choose_device', 'made_for', 'open_sampler', 'sample', 'one_line_errors', 'main', 'start_app']
 
 # %% ../nbs/12_sample.ipynb #1fdab62d
 import contextlib
@@ -492,9 +492,14 @@ def choose_device(name: str | None = None) -> torch.device:
     return device
 
 
+def made_for(checkpoint: str | Path, sampler: str | None) -> str | Path:
+    "The checkpoint that this sampler can walk: `tiny` is there for every one."
+    return "tiny-ddpm" if checkpoint == "tiny" and sampler in ("ddpm", "ddim") else checkpoint
+
+
 def open_sampler(checkpoint: str | Path, sampler: str | None = None, *where) -> TextToImage:
-    "`TextToImage.from_pretrained`, walked by this sampler; `tiny` is there for every one."
-    pipe = TextToImage.from_pretrained("tiny-ddpm" if checkpoint == "tiny" and sampler in ("ddpm", "ddim") else checkpoint, *where)
+    "`TextToImage.from_pretrained`, walked by this sampler."
+    pipe = TextToImage.from_pretrained(made_for(checkpoint, sampler), *where)
     pipe.scheduler = choose_sampler(pipe.scheduler, sampler)
     return pipe
 

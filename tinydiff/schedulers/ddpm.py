@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 import torch
 from torch import Tensor
-from .base import Configurable, Scheduler, check_option, stratified
+from .base import Configurable, Scheduler, check_option, stratified, whole
 
 # %% ../../nbs/04_ddpm.ipynb #4ff84fb7
 def make_betas(
@@ -74,7 +74,11 @@ DIFFUSERS_ONLY = dict(trained_betas=None, thresholding=False, clip_sample_range=
 def from_diffusers(config: dict) -> dict:
     "A diffusers scheduler_config.json in our words; PNDM and `SOLVERS` are read as DDIM, and what we cannot do as asked is an error."
     check_option("_class_name", config["_class_name"], DIFFUSERS_CLASSES)
-    if config["_class_name"] in SOLVERS: config = {k: v for k, v in config.items() if k in {"_class_name"} | DIFFUSERS_DEFAULTS.keys() | DIFFUSERS_ONLY.keys()}
+    if config["_class_name"] in SOLVERS:
+        for key, only in (("use_flow_sigmas", False), ("timestep_type", "discrete")):
+            if config.get(key, only) != only: raise ValueError(f"{key} must be {only}; got {config[key]!r}")
+        of_the_road = DIFFUSERS_DEFAULTS.keys() - {"clip_sample"} | {"_class_name", "trained_betas", "thresholding"}
+        config = {k: v for k, v in config.items() if k in of_the_road}  # the rest is about the steps
     ours = DIFFUSERS_CLASSES[config["_class_name"]] | {k: v for k, v in config.items() if not k.startswith("_")}
     for key, only in DIFFUSERS_ONLY.items():
         value = ours.pop(key, only)
@@ -114,8 +118,7 @@ class DDPMConfig(Configurable):
         check_option("variance_type", self.variance_type, ("fixed_small", "fixed_large"))
         check_option("timestep_spacing", self.timestep_spacing, ("trailing", "leading", "linspace"))
         if not 0 <= self.eta <= 1: raise ValueError(f"eta must be between 0 and 1; got {self.eta}")
-        if self.num_train_timesteps % 1 or self.num_train_timesteps < 1 + self.rescale_betas_zero_snr:
-            raise ValueError(f"num_train_timesteps must be a whole number of at least {1 + self.rescale_betas_zero_snr}; got {self.num_train_timesteps}")
+        self.num_train_timesteps = whole("num_train_timesteps", self.num_train_timesteps, 1 + bool(self.rescale_betas_zero_snr))
         if self.steps_offset < 0: raise ValueError(f"steps_offset must be at least 0; got {self.steps_offset}")
         if self.rescale_betas_zero_snr and self.prediction_type == "epsilon":
             raise ValueError("rescale_betas_zero_snr needs prediction_type v_prediction or x0: in pure noise, epsilon tells nothing")

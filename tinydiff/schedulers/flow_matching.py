@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 import torch
 from torch import Tensor
-from .base import Configurable, Scheduler, SchedulerOutput, check_option, stratified
+from .base import Configurable, Scheduler, SchedulerOutput, check_option, stratified, whole
 from .ddpm import DDPMScheduler
 
 # %% ../../nbs/05_flow_matching.ipynb #3feaa58d
@@ -49,8 +49,7 @@ class FlowMatchingConfig(Configurable):
     def __post_init__(self):
         check_option("weighting_scheme", self.weighting_scheme, ("uniform", "logit_normal"))
         check_option("solver", self.solver, CLASS_NAMES)
-        if self.num_train_timesteps % 1 or self.num_train_timesteps < 1:
-            raise ValueError(f"num_train_timesteps must be a whole number of at least 1; got {self.num_train_timesteps}")
+        self.num_train_timesteps = whole("num_train_timesteps", self.num_train_timesteps)
         for name in ("shift", "logit_std"):
             if not 0 < getattr(self, name) < math.inf: raise ValueError(f"{name} must be a finite number above 0; got {getattr(self, name)}")
         if not math.isfinite(self.logit_mean): raise ValueError(f"logit_mean must be a finite number; got {self.logit_mean}")
