@@ -265,6 +265,11 @@ def test_upsampling_in_bf16_learns_as_in_float64(rng):
         assert (found - truth).std() < 0.01 * truth.std()
 
 
+def test_upsampling_stays_in_autocasts_precision(rng):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert Upsample(8)(randn(rng, 2, 8, 6, 5).float()).dtype == torch.bfloat16
+
+
 def test_unet_in_bf16_stays_near_float32(rng):
     config = UNETS["laptop"]
     unet = randomize(UNet(config), rng).float()

@@ -314,7 +314,7 @@ def test_what_a_resumed_run_cannot_change(base, tmp_path, monkeypatch, capsys, c
 
 
 @pytest.mark.parametrize("change, line", [
-    ("--stage vae --vae_steps 4", "stands on its stage vae"), ("--stage clip", "stands on its stage clip"), ("--vae_steps 4", "has made 2 steps already, and the UNet stands on them"),
+    ("--stage vae --vae_steps 4", "stands on 2 steps of stage vae"), ("--stage clip", "stands on 2 steps of stage clip"), ("--vae_steps 4", "stands on 2 steps of stage vae"),
     ("--steps 1", "stage diffusion in .* has made 2 steps already: 1 cannot be asked for"), ("--stage diffusion --steps 1", "has made 2 steps already")])
 def test_what_a_unet_stands_on_is_not_trained_any_more(base, tmp_path, monkeypatch, capsys, change, line):
     shutil.copytree(base, run := tmp_path / "run")
@@ -336,6 +336,23 @@ def test_a_finished_run_that_goes_on_is_whole_all_the_while(base, tmp_path, monk
     assert {path.parent.name for path, content in parts().items() if content != before[path]} == {"unet", "text_encoder"}
 
 
+@pytest.mark.parametrize("lost", ["vae", "tokenizer"])
+def test_a_lost_part_is_made_again_from_its_checkpoint(lost, base, tmp_path):
+    "As after a power cut between two renames."
+    shutil.copytree(base, run := tmp_path / "run")
+    shutil.rmtree(run / lost)
+    train(TrainConfig(stage="all", out=str(run), resume=True, **QUICK))
+    assert not differences(run, base, "all") and TextToImage.from_pretrained(run)
+
+
+def test_other_parts_make_no_pipeline(base, tmp_path):
+    "A finished run whose UNet is given up, and whose text encoder is trained on."
+    shutil.copytree(base, run := tmp_path / "run")
+    shutil.rmtree(run / "checkpoints/diffusion")
+    train(TrainConfig(stage="clip", out=str(run), resume=True, **QUICK | dict(clip_steps=3)))
+    assert (run / "unet").is_dir() and not (run / "model_index.json").exists()
+
+
 def test_each_stage_goes_on_as_it_began(tmp_path):
     "Whatever another stage of the same run was given since."
     config = TrainConfig(stage="vae", out=str(tmp_path / "run"), **QUICK)
@@ -344,6 +361,8 @@ def test_each_stage_goes_on_as_it_began(tmp_path):
     with pytest.raises(ValueError, match="stage vae in .* began with --seed 0: it cannot go on with 5"):
         train(dataclasses.replace(config, resume=True, vae_steps=3, seed=5))
     train(dataclasses.replace(config, resume=True, vae_steps=3))
+    train(dataclasses.replace(config, resume=True, vae_steps=3, stage="diffusion", seed=5))
+    train(dataclasses.replace(config, resume=True, vae_steps=3, stage="all", seed=5, steps=3))  # the other stages are left as they are
 
 
 def test_a_copy_beside_the_checkpoints_is_no_checkpoint(base, tmp_path):
@@ -604,6 +623,7 @@ def test_skipped_pictures_are_remembered_by_a_run_that_was_killed(stage, base, t
     capsys.readouterr()
     train(dataclasses.replace(config, resume=True))
     assert "1 of 66 items skipped" in (said := capsys.readouterr().err) and re.search(r"item 20: cannot identify", said)
+    assert tinydiff.train.noted(tmp_path / "run") == [20]
 
 
 @pytest.mark.parametrize("error, message", [

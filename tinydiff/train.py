@@ -12,14 +12,14 @@ __all__ = ['RANGES', 'PRESETS', 'ARCHITECTURES', 'CHECKPOINT', 'PACKAGES', 'seed
            'forget_after', 'smooth', 'plot_metrics', 'Gather', 'Run', 'leave', 'Log', 'EveryCaption', 'collate',
            'ignore_signals', 'no_worker_left', 'reading_processes', 'PixelStage', 'VAEStage', 'scaling_factor',
            'captions_of', 'CLIPStage', 'Parts', 'load_parts', 'make_unet', 'needed_items', 'encode_dataset',
-           'data_fingerprint', 'parts_fingerprint', 'fingerprint', 'check_same_parts', 'remember_parts', 'note_skipped',
-           'recall_skipped', 'read_cache', 'write_cache', 'joined', 'cached_latents', 'EncodedData', 'draw_by_time',
-           'Sketch', 'sketch_loss', 'Denoiser', 'make_denoiser', 'OneAhead', 'DiffusionStage', 'stop_signals', 'blame',
-           'Guard', 'backward', 'ToBFloat16', 'InBFloat16', 'recorded', 'parallel', 'Progress', 'finish', 'fit',
-           'has_bf16', 'join_processes', 'keep_freed_memory', 'check_shares', 'check_image_size', 'steps_made',
-           'stages_of', 'check_goes_on', 'check_out', 'note_ignored_parts', 'processor_name', 'git_commit',
-           'describe_run', 'with_earlier', 'open_run', 'with_folder', 'with_own_parts', 'open_dataset', 'explained',
-           'train', 'stored_config', 'read_config', 'main']
+           'data_fingerprint', 'parts_fingerprint', 'fingerprint', 'check_same_parts', 'remember_parts', 'noted',
+           'note_skipped', 'recall_skipped', 'read_cache', 'write_cache', 'joined', 'cached_latents', 'EncodedData',
+           'draw_by_time', 'Sketch', 'sketch_loss', 'Denoiser', 'make_denoiser', 'OneAhead', 'DiffusionStage',
+           'stop_signals', 'blame', 'Guard', 'backward', 'ToBFloat16', 'InBFloat16', 'recorded', 'parallel', 'Progress',
+           'finish', 'fit', 'has_bf16', 'join_processes', 'keep_freed_memory', 'check_shares', 'check_image_size',
+           'steps_made', 'stages_of', 'check_goes_on', 'check_out', 'note_ignored_parts', 'processor_name',
+           'git_commit', 'describe_run', 'with_earlier', 'open_run', 'with_folder', 'with_own_parts', 'open_dataset',
+           'explained', 'train', 'stored_config', 'read_config', 'main']
 
 # %% ../nbs/11_train.ipynb #b8522702
 import argparse
@@ -743,6 +743,7 @@ class CLIPStage(PixelStage):
     def start(self, step: int):
         "The tokenizer is written first: the weights of every checkpoint belong to it."
         if self.run.rank == 0 and step == 0:
+            (self.run.folder / "model_index.json").unlink(missing_ok=True)  # its UNet knows other words
             write_atomically(self.run.folder / "tokenizer", functools.partial(save_component, self.tokenizer))
         super().start(step)
 
@@ -867,22 +868,26 @@ def remember_parts(run: Run, parts: Parts):
         write_text(run.folder / "checkpoints" / "parts.txt", parts_fingerprint(parts))
 
 # %% ../nbs/11_train.ipynb #e02faebd
+def noted(folder: Path) -> list[int]:
+    "The items that a run's skipped.txt names."
+    path = folder / "skipped.txt"
+    return [int(item) for item in re.findall(r"^  item (\d+):", path.read_text(encoding="utf-8"), re.M)] if path.is_file() else []
+
+
 def note_skipped(run: Run, dataset: Dataset):
     "Keep in skipped.txt what any process could not read so far."
     if run.world > 1:  # each has met other pictures
         torch.distributed.all_reduce(skipped := dataset.skipped.int())
         dataset.skipped |= skipped > 0
-    path, bad = run.folder / "skipped.txt", int(dataset.skipped.sum())
-    if run.rank == 0 and bad and not (path.is_file() and path.read_text(encoding="utf-8").startswith(f"{bad} of ")):
-        write_text(path, skipped_report(dataset, names=None) + "\n")
+    path, bad = run.folder / "skipped.txt", dataset.skipped.nonzero().flatten().tolist()
+    if run.rank == 0 and bad != noted(run.folder):
+        write_text(path, skipped_report(dataset, names=None) + "\n") if bad else path.unlink()
 
 
 def recall_skipped(folder: Path, dataset: Dataset):
     "Mark what earlier starts of a run could not read, where that is still so."
-    path = folder / "skipped.txt"
-    found = re.findall(r"^  item (\d+):", path.read_text(encoding="utf-8"), re.M) if path.is_file() else []
     with warnings.catch_warnings(action="ignore"):
-        for index in map(int, found):
+        for index in noted(folder):
             if index < len(dataset) and dataset.read_or_warn(index) is None:
                 dataset.skipped[index] = True
 
@@ -1342,24 +1347,27 @@ def steps_made(out: str | Path, stage: str) -> int:
 
 
 def stages_of(config: TrainConfig) -> list[str]:
-    "The stages to train. What stage diffusion stands on is left as it is, once that has a checkpoint."
-    return [config.stage] if config.stage != "all" else ["diffusion"] if config.resume and steps_made(config.out, "diffusion") else ["vae", "clip", "diffusion"]
+    "The stages to train. What stage diffusion stands on is left as it is, once that has a checkpoint and its parts are there."
+    if config.stage != "all":
+        return [config.stage]
+    stands = config.resume and steps_made(config.out, "diffusion") and all((Path(config.out) / part).is_dir() for part in ("vae", "text_encoder", "tokenizer"))
+    return ["diffusion"] if stands else ["vae", "clip", "diffusion"]
 
 
 def check_goes_on(config: TrainConfig):
     "ValueError where a run cannot go on like this: other networks, other numbers, or fewer steps than it has made; or other parts below its UNet."
-    asked = {"vae": config.vae_steps, "clip": config.clip_steps, "diffusion": config.steps}
-    begun, known = steps_made(config.out, "diffusion"), ("arch", "image_size", "optimizer", "seed")
-    if begun and config.stage in ("vae", "clip"):
-        raise ValueError(f"the UNet in {config.out} stands on its stage {config.stage}, which cannot be trained any more: choose another --out")
-    for stage in ("vae", "clip", "diffusion") if config.stage == "all" else [config.stage]:
-        made, before = steps_made(config.out, stage), stored_config(config.out, stage)
+    steps, begun, known = {"vae": "vae_steps", "clip": "clip_steps", "diffusion": "steps"}, steps_made(config.out, "diffusion"), ("arch", "image_size", "optimizer", "seed")
+    for stage in ("vae", "clip") if begun else ():
+        before, part = getattr(stored_config(config.out, stage), steps[stage]), Path(config.out) / {"vae": "vae", "clip": "text_encoder"}[stage]
+        if config.stage == stage and part.is_dir() or config.stage == "all" and getattr(config, steps[stage]) != before:
+            raise ValueError(f"the UNet in {config.out} stands on {before} steps of stage {stage}, which cannot be trained any more: choose another --out")
+    for stage in stages_of(config):
+        made, before, asked = steps_made(config.out, stage), stored_config(config.out, stage), getattr(config, steps[stage])
         for name in known + ("train_text_encoder", "sketch_weight", "scheduler", "prediction_type") * (stage == "diffusion"):
             if made and getattr(before, name) != getattr(config, name):
                 raise ValueError(f"stage {stage} in {config.out} began with --{name} {getattr(before, name)}: it cannot go on with {getattr(config, name)}")
-        if asked[stage] < made or begun and stage != "diffusion" and made not in (0, asked[stage]):
-            raise ValueError(f"stage {stage} in {config.out} has made {made} steps already"
-                             f"{', and the UNet stands on them' * (stage != 'diffusion')}: {asked[stage]} cannot be asked for")
+        if asked < made:
+            raise ValueError(f"stage {stage} in {config.out} has made {made} steps already: {asked} cannot be asked for")
 
 # %% ../nbs/11_train.ipynb #3612f8a9
 def check_out(config: TrainConfig):
@@ -1530,6 +1538,7 @@ def train(config: TrainConfig) -> Path:
         note_ignored_parts(config)
     run, stages = open_run(config, device, rank, world, dataset), stages_of(config)  # nothing was written so far
     if config.resume:
+        run.same_step(steps_made(config.out, "diffusion"))  # or the processes would train different stages
         recall_skipped(run.folder, dataset)
     make = {"vae": lambda: VAEStage(run, dataset, arch), "clip": lambda: CLIPStage(run, dataset, arch),
             "diffusion": lambda: DiffusionStage(run, dataset, arch, parts or load_parts(run.folder, run.folder))}
