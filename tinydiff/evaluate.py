@@ -687,7 +687,7 @@ def training_pixels(split: str, seed: int, count: int) -> Tensor:
 
 def training_set(checkpoint: str) -> tuple[str, int]:
     "Split and seed of the scenes that a run was trained on, as its run.json says; those of `--split train --seed 0` where that does not."
-    if checkpoint == "tiny-ddpm": return "train", 1
+    if checkpoint == "tiny-ddpm": return "train", 1  # as pretrained/README.md says
     path = Path(checkpoint).expanduser()
     run = path.parent / "../../.." if path.suffix == ".safetensors" else path
     try: settings = json.loads((run / "run.json").read_text(encoding="utf-8"))["config"]
