@@ -41,7 +41,7 @@ TOKENIZER = CLIPTokenizer.train(3 * CAPTIONS, vocab_size=620, max_length=16)
 N = len(TOKENIZER.vocab)
 UNET = UNetConfig(sample_size=8, block_out_channels=(16, 32), cross_attention=(True, False), num_heads=4, cross_attention_dim=32, norm_num_groups=8)
 VAE = VAEConfig(block_out_channels=(8, 16), norm_num_groups=4, sample_size=16, scaling_factor=0.18215)
-TEXT = CLIPTextConfig(vocab_size=N, hidden_size=32, intermediate_size=64, num_hidden_layers=2, max_position_embeddings=16, eos_token_id=N - 1,
+TEXT = CLIPTextConfig(vocab_size=N, hidden_size=32, intermediate_size=64, num_hidden_layers=2, max_position_embeddings=16,
                       projection_dim=32)
 SD_BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1)
 SCHEDULERS = {"ddpm": make_scheduler("ddpm"), "ddim": make_scheduler("ddpm", eta=0.0, timestep_spacing="leading", steps_offset=1),
@@ -125,6 +125,20 @@ def test_each_component_comes_back(ours, tmp_path):
         assert all(torch.equal(again.state_dict()[key], weight) for key, weight in model.state_dict().items())
         assert all(weight.requires_grad for weight in again.parameters())
         assert sorted(os.listdir(tmp_path / part)) == ["config.json", "model.safetensors" if part == "text_encoder" else "diffusion_pytorch_model.safetensors"]
+
+
+def test_a_subclass_is_saved_as_what_it_is(ours, tmp_path):
+    class Mine(type(ours.unet)): pass
+    save_component(Mine(ours.unet.config), tmp_path)
+    assert load_unet(tmp_path).config == ours.unet.config
+
+
+def test_transformers_pools_where_we_do(ours, tmp_path):
+    save_component(ours.text_encoder, tmp_path)
+    ids = TOKENIZER(CAPTIONS)
+    with torch.no_grad():
+        pooled = CLIPTextModel.from_pretrained(tmp_path)(ids).pooler_output
+        assert (ours.text_encoder.pool(ids, ours.text_encoder(ids)) - pooled).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)

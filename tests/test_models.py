@@ -102,8 +102,8 @@ def test_vae_log_variance_is_clamped_as_in_diffusers(rng):
 
 
 TEXTS = {
-    "laptop": CLIPTextConfig(vocab_size=60, eos_token_id=59, hidden_size=32, intermediate_size=64, max_position_embeddings=12, projection_dim=8),
-    "gelu": CLIPTextConfig(vocab_size=60, eos_token_id=59, hidden_size=24, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2,
+    "laptop": CLIPTextConfig(vocab_size=60, hidden_size=32, intermediate_size=64, max_position_embeddings=12, projection_dim=8),
+    "gelu": CLIPTextConfig(vocab_size=60, hidden_size=24, intermediate_size=40, num_hidden_layers=1, num_attention_heads=2,
                            max_position_embeddings=12, hidden_act="gelu"),
 }
 
@@ -270,6 +270,17 @@ def test_upsampling_stays_in_autocasts_precision(rng):
         assert Upsample(8)(randn(rng, 2, 8, 6, 5).float()).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("wrapped", (False, True))
+def test_upsampling_by_another_convolution(rng, wrapped):
+    "Pictures that tile, and adapters that learn: what stands in the convolution's place is asked."
+    layer, x = randomize(Upsample(4), rng), randn(rng, 2, 4, 5, 3)
+    if wrapped:
+        layer.conv = torch.nn.Sequential(layer.conv, torch.nn.Conv2d(4, 4, 1).double())
+    else:
+        layer.conv.padding_mode = "circular"
+    close(layer(x), layer.conv(x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)), 1e-12)
+
+
 def test_unet_in_bf16_stays_near_float32(rng):
     config = UNETS["laptop"]
     unet = randomize(UNet(config), rng).float()
@@ -346,7 +357,16 @@ def test_a_timestep_may_be_a_number(rng):
     close(unet(x, 500, context), unet(x, torch.tensor([500.0, 500.0]), context))
 
 
-@pytest.mark.parametrize("contexts", (1, 6))
+def test_as_many_timesteps_as_samples(rng):
+    unet = randomize(UNet(UNETS["laptop"]), rng)
+    x, context = randn(rng, 4, 4, 8, 8), randn(rng, 4, 3, 24)
+    for n in (2, 3, 8):
+        with pytest.raises(ValueError, match=f"4 samples need as many timesteps, or one; got {n}"):
+            unet(x, torch.rand(n), context)
+    assert unet(x[:0], torch.rand(0), context[:0]).shape == x[:0].shape
+
+
+@pytest.mark.parametrize("contexts", (0, 1, 6))
 def test_contexts_that_do_not_fit_the_samples_are_refused(rng, contexts):
     block = randomize(SpatialTransformer(8, 2, 6, norm_num_groups=4), rng)
     with pytest.raises(ValueError, match=f"4 samples need as many contexts, or a multiple; got {contexts}"):

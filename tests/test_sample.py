@@ -28,7 +28,7 @@ TOKENIZER = CLIPTokenizer.train(3 * PROMPTS, vocab_size=600, max_length=16)
 N = len(TOKENIZER.vocab)
 UNET = UNetConfig(sample_size=8, block_out_channels=(16, 32), cross_attention=(True, False), num_heads=4, cross_attention_dim=32, norm_num_groups=8)
 VAE = VAEConfig(block_out_channels=(8, 16), norm_num_groups=4, sample_size=16, scaling_factor=0.8)
-TEXT = CLIPTextConfig(vocab_size=N, hidden_size=32, intermediate_size=64, num_hidden_layers=2, max_position_embeddings=16, eos_token_id=N - 1,
+TEXT = CLIPTextConfig(vocab_size=N, hidden_size=32, intermediate_size=64, num_hidden_layers=2, max_position_embeddings=16,
                       projection_dim=32)
 FAMILY_OF = {"ddpm": "ddpm", "ddim": "ddpm", "flow": "flow", "heun": "flow"}
 each_sampler = pytest.mark.parametrize("sampler", FAMILY_OF)
@@ -186,6 +186,10 @@ def test_a_step_takes_a_list_of_generators(seed):
     t = scheduler.timesteps[0]
     three, third = scheduler.step(out, t, x, make()).prev_sample, scheduler.step(out[:1], t, x[:1], make()[2:]).prev_sample
     assert torch.equal(three[2], third[0]) and not torch.equal(three[1], three[2])
+    assert torch.equal(scheduler.step(out, t, x, tuple(make())).prev_sample, three)
+    for n in (0, 1, 2):
+        with pytest.raises(ValueError, match=f"3 rows need as many generators; got {n}"):
+            scheduler.step(out, t, x, make()[:n])
 
 
 def test_sampling_leaves_the_global_generator_alone(pipe):

@@ -594,6 +594,18 @@ def test_a_batch_has_one_timestep_of_each_quantile(scheduler):
     assert uniform(torch.cat([draw(seed, 1) for seed in range(1000)])).std().sub(12**-0.5).abs() < 0.02, "a batch of one"
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float64))
+@pytest.mark.parametrize("name", ("ddpm", "flow"))
+def test_random_timesteps_are_float32_whatever_the_default(name, dtype):
+    scheduler, before = make_scheduler(name), torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        timesteps = scheduler.sample_timesteps(256)
+    finally:
+        torch.set_default_dtype(before)
+    assert timesteps.dtype == torch.float32 and len(timesteps.unique()) == 256
+
+
 def test_random_timesteps_depend_on_the_generator_alone():
     for scheduler in (DDPMScheduler(), FlowMatchingScheduler(), FlowMatchingScheduler(weighting_scheme="logit_normal")):
         draw = [scheduler.sample_timesteps(4096, generator=torch.Generator().manual_seed(s)) for s in (0, 0, 1)]

@@ -781,6 +781,14 @@ def test_ema_of_a_scalar(rng):
     assert model.weight.item() == pytest.approx(values[-1], abs=0.02), "the weights themselves are not touched"
 
 
+def test_ema_keeps_buffers():
+    model = nn.BatchNorm1d(3)
+    ema = EMA(model, 0.9)
+    model(torch.randn(8, 3))
+    ema.update(model, 0)
+    assert ema.model.running_mean.any() and torch.equal(ema.model.running_mean, model.running_mean) and ema.model.num_batches_tracked == 1
+
+
 # --- latents and captions
 
 @pytest.fixture

@@ -24,9 +24,9 @@ def full_float32():
 
 
 def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
-    """About U V^T for each matrix U S V^T of a stack, (count, rows, columns): singular values become 0.68 to 1.14.
+    """About U V^T for each matrix U S V^T of a stack, (count, rows, columns): singular values become 0.68 to 1.2.
 
-    A Newton-Schulz iteration (Jordan et al. 2024); values far below a hundredth of the norm stay smaller.
+    A Newton-Schulz iteration (Jordan et al. 2024); values below 0.0015 of the norm stay smaller.
     """
     a, b, c = COEFFICIENTS
     x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)  # no singular value is above 1

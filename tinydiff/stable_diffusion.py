@@ -34,7 +34,7 @@ SD15_UNET = UNetConfig(sample_size=64, block_out_channels=(320, 640, 1280, 1280)
                        layers_per_block=2, num_heads=8, cross_attention_dim=768, norm_num_groups=32)
 SD15_VAE = VAEConfig(sample_size=512, block_out_channels=(128, 256, 512, 512), layers_per_block=2, norm_num_groups=32, scaling_factor=0.18215)
 SD15_TEXT = CLIPTextConfig(vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
-                           max_position_embeddings=77, eos_token_id=49407, projection_dim=768)
+                           max_position_embeddings=77, projection_dim=768)
 
 # %% ../nbs/15_stable_diffusion.ipynb #c8ea63bd
 TEXT_KEYS = [  # (transformers' name, our name), as regular expressions
@@ -204,15 +204,14 @@ def vae_from_diffusers(config: dict, folder: Path = Path("vae")) -> VAEConfig:
 # %% ../nbs/15_stable_diffusion.ipynb #de953a31
 def text_to_transformers(config: CLIPTextConfig) -> dict:
     "config.json of transformers' CLIPTextModel."
-    return {"architectures": ["CLIPTextModel"], **asdict(config), "bos_token_id": config.eos_token_id - 1, "pad_token_id": config.eos_token_id,
-            **REQUIRED["CLIPTextModel"]}
+    end = config.eos_token_id
+    return {"architectures": ["CLIPTextModel"], **asdict(config), "bos_token_id": end - 1, "eos_token_id": end, "pad_token_id": end, **REQUIRED["CLIPTextModel"]}
 
 # %% ../nbs/15_stable_diffusion.ipynb #a2bdc336
 def text_from_transformers(config: dict, folder: Path = Path("text_encoder")) -> CLIPTextConfig:
     "Our config from transformers' config.json. The end token is the vocabulary's last: what CLIP's own file says there (2) is wrong."
-    size = config.get("vocab_size")
     usual = {"projection_dim": config.get("hidden_size"), "hidden_act": "quick_gelu"}  # old files do not say; the encoder alone has no projection
-    ours = make_config(CLIPTextConfig, usual | config | {"eos_token_id": size - 1 if is_valid(size, int) else None}, folder)
+    ours = make_config(CLIPTextConfig, usual | config, folder)
     check_config({key: config[key] for key in REQUIRED["CLIPTextModel"] if key in config}, REQUIRED["CLIPTextModel"], folder)
     return ours
 
@@ -240,8 +239,8 @@ def save_component(model: nn.Module | CLIPTokenizer | Scheduler, folder: str | P
     if isinstance(model, CLIP):
         name, config = "model", {"text_config": asdict(model.text_encoder.config), "vision_config": asdict(model.image_encoder.config)}
     else:
-        to_config = {UNet: unet_to_diffusers, AutoencoderKL: vae_to_diffusers, CLIPTextEncoder: text_to_transformers}[type(model)]
-        config = to_config(model.config)
+        writers = {UNet: unet_to_diffusers, AutoencoderKL: vae_to_diffusers, CLIPTextEncoder: text_to_transformers}
+        config = next(to_config(model.config) for cls, to_config in writers.items() if isinstance(model, cls))
     write_json(folder / "config.json", config)
     weights = {key(k): w.detach().to("cpu", dtype).contiguous() for k, w in model.state_dict().items()}
     save_file(weights, folder / f"{name}.safetensors", metadata={"format": "pt"})

@@ -140,12 +140,13 @@ class EMA:
         "theta' = d theta' + (1 - d) theta, with d = min(decay, (1 + step) / (10 + step)) so that the start is soon forgotten."
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.model.parameters()), [p.float() for p in model.parameters()], 1 - decay)
+        for kept, buffer in zip(self.model.buffers(), model.buffers()): kept.copy_(buffer)  # a batch norm's, in a model of your own
 
 # %% ../nbs/11_train.ipynb #e63a9faa
 @dataclass(frozen=True)
 class RunOptions:
     "What is trained, and where it is kept."
-    preset: Literal["laptop", "gpu"] = "laptop"  # which defaults; any flag overrides them (in Python, begin with PRESETS["gpu"])
+    preset: Literal["laptop", "gpu"] = "laptop"  # which defaults; any flag overrides them (in Python, begin with PRESETS["gpu"]; scenes and emoji want flip=False)
     stage: Literal["vae", "clip", "diffusion", "all"] = "diffusion"
     out: str | None = None  # the run's folder; None: runs/DATASET-SCHEDULER-TIME
     resume: bool = False  # go on with the run in --out
@@ -257,6 +258,8 @@ def check_values(config):
     "ValueError for the first field whose value is of a wrong kind or out of its range."
     for name, kind in get_type_hints(type(config)).items():
         value, (low, high) = getattr(config, name), RANGES.get(name, (None, None))
+        if isinstance(value, os.PathLike):
+            object.__setattr__(config, name, value := os.fspath(value))  # JSON knows no paths; the dataclass is frozen
         if not is_allowed(value, kind):
             raise ValueError(f"--{name} must be {in_words(kind)}, not {value!r}")
         if low is not None and value is not None and not low <= value <= high:
@@ -311,7 +314,7 @@ def sized(arch: Architecture, image_size: int, vocab_size: int | None = None) ->
     vocab_size = vocab_size or arch.text.vocab_size
     return Architecture(
         dataclasses.replace(arch.vae, sample_size=image_size),
-        dataclasses.replace(arch.text, vocab_size=vocab_size, eos_token_id=vocab_size - 1),
+        dataclasses.replace(arch.text, vocab_size=vocab_size),
         dataclasses.replace(arch.vision, image_size=image_size),
         dataclasses.replace(arch.unet, sample_size=image_size // arch.vae.downsample_factor),
     )

@@ -145,9 +145,9 @@ class FeedForward(nn.Module):
 # %% ../../nbs/07_attention.ipynb #98b8608a
 def repeat_like(x: Tensor, other: Tensor) -> Tensor:
     "`x` (batch, ...) over and over, until it has as many rows as `other`."
-    copies, rest = len(other) // len(x), len(other) % len(x)
-    if rest or not copies: raise ValueError(f"{len(x)} samples need as many contexts, or a multiple; got {len(other)}")
-    return x if copies == 1 else torch.cat([x] * copies)
+    if len(x) == len(other): return x
+    if not len(x) or not len(other) or len(other) % len(x): raise ValueError(f"{len(x)} samples need as many contexts, or a multiple; got {len(other)}")
+    return torch.cat([x] * (len(other) // len(x)))
 
 
 class TransformerBlock(nn.Module):

@@ -107,9 +107,13 @@ class CLIPTextConfig:
     num_hidden_layers: int = 3
     num_attention_heads: int = 4
     max_position_embeddings: int = 32
-    eos_token_id: int = 1023
     projection_dim: int = 128
     hidden_act: str = "quick_gelu"  # or "gelu"
+
+    @property
+    def eos_token_id(self) -> int:
+        "The end of a text is the vocabulary's last token."
+        return self.vocab_size - 1
 
 # %% ../../nbs/09_clip.ipynb #127593bc
 def quick_gelu(x: Tensor) -> Tensor:

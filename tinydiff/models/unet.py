@@ -170,6 +170,7 @@ class UNet(nn.Module):
         context: Tensor,  # (batch or a multiple of it, length, cross_attention_dim) states of the text encoder
     ) -> Tensor:  # (batch, out_channels, height, width); several texts for each sample: text by text
         timesteps = torch.as_tensor(timesteps, device=sample.device)
+        if timesteps.numel() not in (1, len(sample)): raise ValueError(f"{len(sample)} samples need as many timesteps, or one; got {timesteps.numel()}")
         if timesteps.numel() > 1: sample, timesteps = repeat_like(sample, context), repeat_like(timesteps, context)
         time = self.time_embedding(timesteps.reshape(-1))
         sample, context = (x.to(self.conv_in.weight.dtype) for x in (sample, context))
@@ -179,6 +180,5 @@ class UNet(nn.Module):
             skips += more
         x = self.run(self.mid_block, x, time, context)
         for block in self.up_blocks:
-            n = len(block.resnets)
-            x, skips = self.run(block, x, skips[-n:], time, context), skips[:-n]
+            x, skips = self.run(block, x, skips[-(n := len(block.resnets)):], time, context), skips[:-n]
         return self.conv_out(F.silu(self.conv_norm_out(x)))

@@ -158,14 +158,16 @@ def random_like(draw, shape, device, generator=None) -> Tensor:
 
     A list of generators draws one row from each, so that a row does not depend on its company.
     """
-    if isinstance(generator, list): return torch.stack([random_like(draw, shape[1:], device, g) for g in generator])
+    if isinstance(generator, (list, tuple)):
+        if len(generator) != shape[0]: raise ValueError(f"{shape[0]} rows need as many generators; got {len(generator)}")
+        return torch.stack([random_like(draw, shape[1:], device, g) for g in generator])
     where = device if generator is None else generator.device
     return draw(shape, generator=generator, device=where).to(device)
 
 # %% ../../nbs/03_noise.ipynb #e7f182cf
 def stratified(n: int, device=None, generator=None) -> Tensor:
     "Uniform numbers from [0, 1], (n,) float32, one in each nth of the interval, in random order (Kingma et al. 2021, low-discrepancy sampler)."
-    offset = random_like(torch.rand, (1,), device, generator)
+    offset = random_like(torch.rand, (1,), device, generator).float()
     order = torch.randperm(n, generator=generator, device=device if generator is None else generator.device)
     return (order.to(device) + offset) / n
 
