@@ -1,5 +1,5 @@
 "Every source behind `load_captioned_images`, offline: the hub's repositories are played by small local ones."
-import io, json, subprocess, sys, zlib
+import io, json, random, subprocess, sys, zlib
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +9,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from tinydiff import data
-from tinydiff.data import (CaptionedImages, DATASETS, image_to_tensor, load_captioned_images, read_file, show_images,
+from tinydiff.data import (CaptionedImages, DATASETS, folder_rows, image_to_tensor, load_captioned_images, read_file, show_images,
                            skipped_report, tensor_to_images)
 
 WORDS = ("red", "green", "blue", "gray", "pink")
@@ -231,6 +231,15 @@ def test_a_table_beside_captioned_pictures(tmp_path, rng):
     noise(rng).save(tmp_path / "00000/1.png"); (tmp_path / "00000/1.txt").write_text("a boat")
     datasets.Dataset.from_dict({"url": ["a"], "status": ["b"]}).to_parquet(tmp_path / "00000.parquet")
     assert [item["caption"] for item in load_captioned_images(str(tmp_path), image_size=8)] == ["a boat"]
+
+
+def test_pictures_of_a_run_in_the_folder_are_no_data(tmp_path, rng):
+    "A model that was trained in here draws samples, which have no captions."
+    for i in range(2):
+        noise(rng).save(tmp_path / f"{i}.png"); (tmp_path / f"{i}.txt").write_text("a boat")
+    (tmp_path / "runs/here/samples").mkdir(parents=True); (tmp_path / "runs/here/run.json").write_text("{}")
+    noise(rng).save(tmp_path / "runs/here/samples/vae-000100.png")
+    assert [path.name for path, _ in folder_rows(tmp_path)] == ["0.png", "1.png"]
 
 
 @pytest.mark.parametrize("beside", ["metadata.csv", "teaser.txt"])
@@ -603,3 +612,36 @@ def test_metadata_with_gaps(tmp_path, rng):
     (tmp_path / "metadata.csv").unlink()
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "0.png"}\n{"file_name": "1.png", "text": 7}\n{"file_name": "1.png", "text": NaN}\n')
     with pytest.warns(UserWarning, match="skipped"): assert [item["caption"] for item in load_captioned_images(str(tmp_path), image_size=8)] == ["7"] * 3
+
+
+def test_a_hub_row_that_names_a_file(tmp_path, monkeypatch, rng):
+    "As image folders on the hub have them: a path, and no bytes."
+    datasets = pytest.importorskip("datasets")
+    noise(rng).save(tmp_path / "0.png")
+    rows = datasets.Dataset.from_dict({"image": [str(tmp_path / "0.png")], "text": ["a boat"]}).cast_column("image", datasets.Image())
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **settings: rows)
+    image, captions = load_captioned_images("a/b").read(0)
+    assert captions == ["a boat"] and image.size == (30, 20)
+
+
+def test_the_cache_lies_where_it_should(tmp_path, rng):
+    load_captioned_images(write_repo(tmp_path / "repo", [{"image": noise(rng), "text": "a"}], "train"), cache_dir=str(tmp_path / "cache"))
+    assert any((tmp_path / "cache").rglob("*.arrow"))
+
+
+def test_a_stream_shorter_than_its_buffer_is_mixed():
+    mixed = list(data.shuffled(range(20), 100, random.Random(0)))
+    assert mixed != list(range(20)) and sorted(mixed) == list(range(20))
+
+
+def test_files_as_cameras_and_editors_leave_them(tmp_path, rng, monkeypatch):
+    "Names in capitals, a mark before the first letter, a folder in one's home."
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "pictures").mkdir()
+    noise(rng).save(tmp_path / "pictures/A.JPG")
+    (tmp_path / "pictures/A.txt").write_text("\ufeffa boat", encoding="utf-8")
+    assert [item["caption"] for item in load_captioned_images("~/pictures", image_size=8)] == ["a boat"]
+
+
+def test_a_share_of_what_is_not_streamed_is_refused():
+    with pytest.raises(ValueError, match="for streaming=True"): load_captioned_images("scenes", rank=1, world=2)

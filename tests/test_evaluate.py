@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import save_file
+from torch.utils.data import DataLoader
 
 from tinydiff import evaluate as ev
+from tinydiff.data import bytes_to_tensor
 from tinydiff.sample import TextToImage
 from tinydiff.scenes import COLORS, KINDS, Scenes, is_heldout, parse, sample_scene
 
@@ -107,6 +110,80 @@ def test_reader_learns(tmp_path):
     with torch.no_grad():
         ours, theirs = model.eval().features(images), ev.load_reader(tmp_path).features(images)
     torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)  # float16
+
+
+def test_train_reader_is_this_loop(tmp_path):
+    "Three steps against the same written out. The draws of spliced pictures are the data set's own."
+    trained = ev.train_reader(tmp_path, steps=3, batch_size=4, num_workers=0)
+    torch.manual_seed(0)
+    reader, generator = ev.Reader().train(), torch.Generator().manual_seed(0)
+    start = torch.cat([p.detach().flatten() for p in reader.parameters()])
+    optimizer = torch.optim.AdamW(reader.parameters(), 3e-3, weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=3, pct_start=0.15)
+    for images, whole, things in DataLoader(ev.ReaderScenes(12, 0), 4):
+        optimizer.zero_grad()
+        sum(ev.reader_losses(reader(ev.soften(bytes_to_tensor(images), generator)), whole, things).values()).backward()
+        optimizer.step(), schedule.step()
+    ours, theirs = (torch.cat([p.detach().flatten() for p in model.parameters()]) for model in (trained, reader))
+    assert (ours - theirs).norm() < 0.05 * (theirs - start).norm()
+
+
+def test_a_reader_goes_on_from_another_one(tmp_path):
+    for name, more in (("a", {}), ("b", dict(start=tmp_path / "a", seed=1))): ev.train_reader(tmp_path / name, steps=1, batch_size=2, num_workers=0, lr=1e-9, **more)
+    a, b = (ev.load_reader(tmp_path / name).things.weight for name in "ab")
+    torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-2)  # float16
+
+
+@pytest.mark.parametrize("mass, things", [(0.4, 0), (0.6, 1)])
+def test_half_a_thing_is_none(mass, things):
+    logits = {"mass": torch.full((1, 8, 8), -30.0), **{name: torch.zeros(1, len(words), 8, 8) for name, words in ev.EACH.items()},
+              **{name: torch.zeros(1, len(words)) for name, words in ev.WHOLE.items()}}
+    logits["mass"][0, 3, 3] = torch.tensor(mass).logit()
+    assert len(ev.read_logits(logits)[0].things) == things
+
+
+def test_a_position_counts_along_the_larger_axis():
+    things = tuple(ev.SeenThing(kind, "red", "small", x, y) for kind, x, y in (("boat", 0.45, 0.2), ("fish", 0.55, 0.8)))
+    asked = lambda prompt: ev.is_right(ev.Question("position", False, 0, prompt), ev.Reading("plain", "sea", things))
+    assert asked("a boat above a fish") and not asked("a boat to the left of a fish")
+
+
+@pytest.fixture(scope="module")
+def nothing_drawn(pipe, reader):
+    "The report about a model that draws black pictures."
+    questions, blank = ev.exam(1), Image.new("RGB", (64, 64))
+    readings = [ev.read_pictures(reader, [blank]) for _ in questions]
+    done = ev.Evaluation(questions, [[0]] * len(questions), [[blank]] * len(questions), readings)
+    return ev.report(done, pipe, reader, ev.small_pixels(Scenes("train")[i]["image"] for i in range(4)), reference_pictures=26)
+
+
+def test_what_a_score_is_compared_with(nothing_drawn, pipe, reader):
+    "Ceiling: renders through the VAE; distances of the model's pictures, of those, and of as many fresh renders; the median of the nearest."
+    scores, distances = nothing_drawn["scores"], {name: value["fid"] for name, value in nothing_drawn["distances"].items()}
+    assert scores["ceiling"]["seen"]["overall"][0] > 80 > scores["model"]["seen"]["overall"][0]
+    assert distances["model"] > max(distances["vae"], distances["renders"]) and distances["vae"] != distances["renders"] > 1
+    renders = ev.through_vae(pipe.vae, ev.renders_of(ev.exam(1), 1, 64, seed=0))
+    nearest = ev.nearest(renders, ev.small_pixels(Scenes("train")[i]["image"] for i in range(4)))[0]
+    assert nothing_drawn["nearest_training_picture"]["vae"] == pytest.approx(nearest.median().item(), rel=1e-4)
+    lines = {line.split(None, 1)[0]: line.split(None, 1)[1] for line in ev.score_table(nothing_drawn).splitlines() if line}
+    assert lines["FID"] == f"{distances['model']:.2f}; renders through the VAE {distances['vae']:.2f}; as many fresh renders {distances['renders']:.2f}"
+    assert lines["overall"].split()[-2:] == [f"{scores[name]['seen']['overall'][0]:.1f}" for name in ("ceiling", "chance")]
+
+
+def test_an_exam_by_its_settings(monkeypatch, reader):
+    "The seed draws; copies are looked for where the sampler's own model was trained, or where the user says."
+    seen = {}
+    monkeypatch.setattr(ev, "training_pixels", lambda *args: seen.update(training=args))
+    monkeypatch.setattr(ev, "evaluate", lambda *args, **settings: seen.update(seed=args[4]))
+    monkeypatch.setattr(ev, "report", lambda *args: {})
+    for training_seed, expected in ((None, 1), (5, 5)):
+        config = ev.EvalConfig(scheduler=("ddim",), seed=7, training_seed=training_seed)  # with tiny: tiny-ddpm, whose seed was 1
+        record, _ = ev.run_exam(config, config.combinations()[0], reader)
+        assert (seen["seed"], seen["training"][1], record["training_set"]) == (7, expected, f"train, seed {expected}")
+
+
+def test_so_many_images_that_seeds_overlap_are_refused():
+    with pytest.raises(ValueError, match="--images up to 100"): ev.EvalConfig(images=101)
 
 
 def test_reader_of_other_words_is_refused(tmp_path):
@@ -312,7 +389,7 @@ def test_command(tmp_path, monkeypatch, capsys):
     assert {path.name for path in out.iterdir()} == {"results.json", "answers.json", "failures-00.png", "failures-01.png", "failures-kept.png", "sweep.png"}
 
 
-def test_copies_are_looked_for_where_a_run_was_trained(tmp_path):
+def test_copies_are_looked_for_where_a_run_was_trained(tmp_path, capsys):
     "Its own split and seed, by run.json, also for one step of it; the default ones where there is none."
     step = tmp_path / "checkpoints/diffusion/0000002/ema.safetensors"
     step.parent.mkdir(parents=True)
@@ -323,6 +400,7 @@ def test_copies_are_looked_for_where_a_run_was_trained(tmp_path):
     for dataset, expected in (("scenes", ("train-25", 7)), ("emoji", ("train", 0))):
         (tmp_path / "run.json").write_text(json.dumps({"config": {"dataset": dataset, "split": "train-25", "seed": 7}}))
         assert ev.training_set(str(tmp_path)) == ev.training_set(str(step)) == expected
+    assert capsys.readouterr().err.splitlines() == [f"note: {place} was trained on emoji; the exam is about scenes" for place in (tmp_path, step)]
     assert not torch.equal(ev.training_pixels("train", 0, 2), ev.training_pixels("train", 1, 2))
 
 

@@ -1,5 +1,6 @@
 "Folders: ours opened by diffusers, diffusers' opened by us, the same picture from both; and files that must be refused."
 import ast
+import dataclasses
 import gzip
 import importlib.util
 import json
@@ -32,7 +33,7 @@ from tinydiff.sample import TextToImage, start_noise
 from tinydiff.schedulers.flow_matching import make_scheduler
 from tinydiff.stable_diffusion import (
     check_parts, fetch, load_clip, load_scheduler, load_text_encoder, load_tokenizer, load_unet, load_vae, read_json,
-    save_component, text_to_transformers, unet_to_diffusers, vae_to_diffusers, write_json,
+    read_weights, save_component, text_to_transformers, unet_to_diffusers, vae_to_diffusers, write_json,
 )
 
 torch.set_num_threads(1)
@@ -41,8 +42,7 @@ TOKENIZER = CLIPTokenizer.train(3 * CAPTIONS, vocab_size=620, max_length=16)
 N = len(TOKENIZER.vocab)
 UNET = UNetConfig(sample_size=8, block_out_channels=(16, 32), cross_attention=(True, False), num_heads=4, cross_attention_dim=32, norm_num_groups=8)
 VAE = VAEConfig(block_out_channels=(8, 16), norm_num_groups=4, sample_size=16, scaling_factor=0.18215)
-TEXT = CLIPTextConfig(vocab_size=N, hidden_size=32, intermediate_size=64, num_hidden_layers=2, max_position_embeddings=16,
-                      projection_dim=32)
+TEXT = CLIPTextConfig(vocab_size=N, hidden_size=32, intermediate_size=64, num_hidden_layers=2, max_position_embeddings=16, projection_dim=32)
 SD_BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1)
 SCHEDULERS = {"ddpm": make_scheduler("ddpm"), "ddim": make_scheduler("ddpm", eta=0.0, timestep_spacing="leading", steps_offset=1),
               "v": make_scheduler("ddpm", prediction_type="v_prediction", eta=0.0, rescale_betas_zero_snr=True), "flow": make_scheduler("flow", shift=2.0)}
@@ -749,3 +749,18 @@ def test_fetch_offline(monkeypatch, tmp_path):
     for name in ("no-such-org/no-such-name", "a/b/c", "../secret"):
         with pytest.raises(FileNotFoundError, match="^cannot fetch") as error: fetch(name)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text, unet, complaint", [({}, {}, None), (dict(vocab_size=N - 1), {}, "a tokenizer of 16 tokens up to"), ({}, dict(out_channels=8), "a UNet of 4 channels in and 8 out")])
+def test_parts_that_do_not_fit(text, unet, complaint):
+    with torch.device("meta"):
+        parts = UNet(UNetConfig(cross_attention_dim=32, **unet)), AutoencoderKL(), CLIPTextEncoder(dataclasses.replace(TEXT, **text)), TOKENIZER
+    if not complaint:
+        return check_parts(*parts)
+    with pytest.raises(ValueError, match=f"do not fit: {complaint}"):
+        check_parts(*parts)
+
+
+def test_float32_weights_come_first(tmp_path):
+    for name, value in (("model", 1.0), ("model.fp16", 2.0)): save_file({"a": torch.tensor([value])}, tmp_path / f"{name}.safetensors")
+    assert read_weights(tmp_path)["a"] == 1

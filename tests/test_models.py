@@ -454,3 +454,23 @@ def test_equal_captions_give_equal_merges():
     "Pairs that are equally frequent are merged in one order, however often a run is resumed."
     captions = [Scenes("train")[i]["caption"] for i in range(16)]
     assert len({str(CLIPTokenizer.train(captions).merges) for _ in range(12)}) == 1
+
+
+def test_a_caption_fits_where_it_comes_back_whole():
+    tokenizer = CLIPTokenizer.train(["a boat"] * 9, 520, max_length=6)
+    for n in range(1, 8):
+        caption = " ".join("x" * n)
+        assert tokenizer.fits(caption) == (tokenizer.decode(tokenizer([caption])[0]) == caption) == (n <= 4)
+
+
+def test_one_text_is_no_list_of_texts():
+    with pytest.raises(TypeError, match="not one text"): CLIPTokenizer.train("a boat")
+
+
+def test_both_sides_must_be_multiples():
+    for height, width in ((18, 16), (16, 18)):
+        with pytest.raises(ValueError, match=f"multiples of 4, not {height} x {width}"): AutoencoderKL().encode(torch.zeros(1, 3, height, width))
+
+
+def test_an_entry_for_each_level():
+    with pytest.raises(ValueError, match="one entry for each of the 3 levels"): UNetConfig(cross_attention=(True,) * 4)

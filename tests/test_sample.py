@@ -28,8 +28,7 @@ TOKENIZER = CLIPTokenizer.train(3 * PROMPTS, vocab_size=600, max_length=16)
 N = len(TOKENIZER.vocab)
 UNET = UNetConfig(sample_size=8, block_out_channels=(16, 32), cross_attention=(True, False), num_heads=4, cross_attention_dim=32, norm_num_groups=8)
 VAE = VAEConfig(block_out_channels=(8, 16), norm_num_groups=4, sample_size=16, scaling_factor=0.8)
-TEXT = CLIPTextConfig(vocab_size=N, hidden_size=32, intermediate_size=64, num_hidden_layers=2, max_position_embeddings=16,
-                      projection_dim=32)
+TEXT = CLIPTextConfig(vocab_size=N, hidden_size=32, intermediate_size=64, num_hidden_layers=2, max_position_embeddings=16, projection_dim=32)
 FAMILY_OF = {"ddpm": "ddpm", "ddim": "ddpm", "flow": "flow", "heun": "flow"}
 each_sampler = pytest.mark.parametrize("sampler", FAMILY_OF)
 
@@ -624,3 +623,52 @@ def test_the_installed_command(folder, tmp_path):
     assert done.returncode == 0 and done.stdout == "1 picture -> sample.png\n" and (tmp_path / "sample.png").is_file()
     done = run("--prompt", "a", "--steps", "0")
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_sides_and_precision_of_the_command(cli, folder):
+    "What is not square, and what is rounded."
+    draw = lambda name, *flags: cli("--prompt", "a", "--checkpoint", folder, "--steps", "1", "--out", name, *flags)
+    for name, *flags in (("wide", "--height", "16", "--width", "32"), ("fp32", "--precision", "fp32"), ("bf16", "--precision", "bf16")):
+        assert draw(f"{name}.png", *flags)[0] == 0
+    assert Image.open("wide.png").size == (32, 16)
+    assert Image.open("fp32.png").tobytes() != Image.open("bf16.png").tobytes()
+
+
+def test_a_home_of_models(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").symlink_to(folder)
+    TextToImage.from_pretrained("~/model").save_pretrained("~/other")
+    assert (tmp_path / "other/model_index.json").is_file() and not (tmp_path / "~").exists()
+
+
+def test_latents_that_are_no_numbers(pipe):
+    with pytest.raises(ValueError, match="no finite numbers"):
+        pipe.decode(torch.full((1, 4, 8, 8), torch.nan))
+
+
+def test_a_picture_is_written_whole(tmp_path, monkeypatch):
+    "A full disk leaves the picture that was there."
+    write, path = Path.write_bytes, tmp_path / "a.png"
+    path.write_bytes(b"old")
+
+    def half(self, content):
+        write(self, content[:10])
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "write_bytes", half)
+    with pytest.raises(OSError, match="disk full"):
+        tinydiff.sample.write_image(Image.new("RGB", (8, 8)), {}, path)
+    assert path.read_bytes() == b"old"
+
+
+def test_a_film_strip_says_steps_and_times(pipe, monkeypatch):
+    said, states = [], list(pipe.stream("a", num_inference_steps=4))
+    monkeypatch.setattr(tinydiff.sample, "contact_sheet", lambda images, captions, columns: said.extend(captions))
+    tinydiff.sample.film_strip(states, pipe.decode)
+    assert said[0] == "x after step 1" and said[4:] == [f"x_0 from t = {t}" for t in (1000, 750, 500, 250)]
+
+
+def test_the_bar_has_as_many_steps_as_the_walk(pipe, capsys):
+    pipe("a", progress=True)
+    assert "25/25" in capsys.readouterr().err

@@ -622,3 +622,7 @@ def test_heun_forgets_a_walk_that_was_left(seed):
     whole = walk(scheduler, scheduler.timesteps, model, x, seed)[-1]
     walk(scheduler, scheduler.timesteps[:1], model, x, seed)  # stops between the two halves of a step
     assert torch.equal(walk(scheduler, scheduler.timesteps, model, x, seed)[-1], whole)
+
+
+def test_no_noise_without_eta_whatever_its_variance():
+    assert DDPMScheduler(eta=0.0, variance_type="fixed_large").step_weights(500, 400)[2] == 0

@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import traceback
 
 import pytest
@@ -34,8 +35,8 @@ from tinydiff.models.unet import UNet
 from tinydiff.sample import TextToImage
 from tinydiff.stable_diffusion import load_text_encoder, load_vae
 from tinydiff.train import (
-    EMA, PRESETS, Denoiser, EncodedData, Guard, InBFloat16, Run, Sketch, StepSampler, TrainConfig, batch_indices, config_from_dict, explained, learning_rate,
-    load_optimizer_tensors, load_parts, open_dataset, optimizer_tensors, plot_metrics, read_config, read_metrics, train,
+    EMA, PRESETS, Denoiser, EncodedData, Guard, InBFloat16, Run, Sketch, StepSampler, TrainConfig, batch_indices, checkpoints_in, config_from_dict, explained,
+    learning_rate, load_optimizer_tensors, load_parts, open_dataset, optimizer_tensors, plot_metrics, read_config, read_metrics, save_checkpoint, stored_config, train,
 )
 
 torch.set_num_threads(1)
@@ -203,7 +204,7 @@ def test_parts_that_count_at_the_start_alone(base, tmp_path, monkeypatch, capsys
     status, _, said = run_command(monkeypatch, capsys, tinydiff.train.main, *args, run, "--unet", base)
     assert status == 0 and "note: stage diffusion goes on with the weights of its checkpoint" in said
     status, _, said = run_command(monkeypatch, capsys, tinydiff.train.main, *args, twin)
-    assert status == 0 and "note:" not in said and same_parts(run, twin)
+    assert status == 0 and "note: stage diffusion" not in said and same_parts(run, twin)
 
 
 def test_a_preset_mirrors_no_scenes():
@@ -432,6 +433,95 @@ def test_damaged_checkpoint(base, tmp_path, capsys, name, damage):
     assert_same_run(whole, resumed, "diffusion", 6)
 
 
+@pytest.mark.parametrize("error, advice", [(OSError(errno.ENOSPC, "No space left on device"), "Make room"), (OSError(errno.ENOENT, "No such file"), "Mend that")])
+def test_advice_where_a_checkpoint_cannot_be_written(tmp_path, monkeypatch, error, advice):
+    monkeypatch.setattr(tinydiff.train, "write_atomically", lambda *args: (_ for _ in ()).throw(error))
+    model = nn.Linear(2, 2)
+    with pytest.raises(OSError, match=f"none yet. {advice}, then go on with --resume --out {tmp_path}$"):
+        save_checkpoint(tmp_path / "checkpoints/vae", 1, model, EMA(model, 0.9), torch.optim.AdamW(model.parameters()), 1)
+
+
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
+    for step in ("9999500", "10000000", "0000500"): (tmp_path / step).mkdir()
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["0000500", "9999500", "10000000"]
+
+
+@pytest.mark.parametrize("which", ["weights", "average"])
+def test_weights_that_are_not_finite_are_not_saved(base, tmp_path, monkeypatch, which):
+    "The last update before a checkpoint may be the one that goes wrong, with a loss and a gradient that were fine."
+    run, update = train(on(base, out=str(tmp_path / "run"))), EMA.update
+
+    def spoil(ema, model, step):
+        update(ema, model, step)
+        next((ema.model if which == "average" else model).parameters()).data.view(-1)[0] = math.inf
+
+    monkeypatch.setattr(EMA, "update", spoil)
+    with pytest.raises(ValueError, match="after step 3 weights are not finite, and are not saved: lower the learning rate; whole checkpoints in .*: 0000002"):
+        train(dataclasses.replace(stored_config(run), steps=3, resume=True))
+    assert [path.name for path in (run / "checkpoints/diffusion").iterdir()] == ["0000002"]
+
+
+def test_one_program_in_a_folder(base, tmp_path):
+    "While another one trains there, nothing is written; a killed one holds nothing, and a finished one neither."
+    config = on(base, out=str(tmp_path / "run"))
+    (tmp_path / "run").mkdir()
+    (hears, tells), child = os.pipe(), os.fork()
+    if child == 0:
+        lock = tinydiff.train.lock_folder(tmp_path / "run")
+        os.write(tells, b"!")
+        time.sleep(60 + lock.fileno())
+    os.read(hears, 1)
+    with pytest.raises(ValueError, match="another program is training in .*run: wait for its end, stop it, or choose another --out"):
+        train(config)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    train(config)
+    child = os.fork()
+    if child == 0:
+        tinydiff.train.lock_folder(tmp_path / "run")
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "tokenizer"])
+def test_a_kill_between_two_renames(base, tmp_path, part):
+    "What was moved aside for its successor comes back."
+    run = shutil.copytree(base, tmp_path / "run")
+    config = dataclasses.replace(stored_config(run), stage="diffusion", steps=3, out=str(run), resume=True)
+    (run / part).rename(run / f".{part}.old")
+    train(config)
+    assert (run / part).is_dir() and not list(run.glob(".*.old"))
+
+
+def test_a_run_goes_on_from_another_directory(base, tmp_path, monkeypatch):
+    "Folders that were named from here are found from there."
+    for place in ("here", "there"): (tmp_path / place).mkdir()
+    picture_folder(tmp_path / "here/data"), picture_folder(tmp_path / "there/data", count=2)
+    shutil.copytree(base, tmp_path / "here/parts")
+    monkeypatch.chdir(tmp_path / "here")
+    train(on("parts", dataset="./data", subset_size=0, out=str(tmp_path / "run")))
+    monkeypatch.chdir(tmp_path / "there")
+    train(dataclasses.replace(stored_config(tmp_path / "run"), steps=3, resume=True))
+    after = stored_config(tmp_path / "run")
+    assert (after.dataset, after.vae, after.text_encoder) == tuple(str(tmp_path / "here" / name) for name in ("data", "parts", "parts"))
+
+
+def test_captions_that_are_cut_are_counted(base, tmp_path, capsys):
+    folder = picture_folder(tmp_path / "data", count=4)
+    (folder / "0.txt").write_text("a very long caption " * 20)
+    train(on(base, dataset=str(folder), subset_size=0, out=str(tmp_path / "run")))
+    assert re.search("note: of 25% of the captions the text encoder reads the beginning alone, \\d+ pieces", capsys.readouterr().err)
+
+
+def test_a_signal_while_captions_are_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(tinydiff.train.ARCHITECTURES, "tiny", SMALL)
+    monkeypatch.setattr(tinydiff.train, "captions_in", lambda items: os.kill(os.getpid(), signal.SIGTERM) or ["a caption"])
+    with pytest.raises(SystemExit):
+        train(TrainConfig(**QUICK | dict(stage="clip", num_workers=0, out=str(tmp_path / "run"))))
+    assert "stopped while reading captions, which begins anew" in capsys.readouterr().err
+
+
 def test_no_checkpoint_can_be_read(base, tmp_path):
     "A run does not begin anew by itself, and its records stay."
     run = train(on(base, steps=4, checkpoint_every=2, out=str(tmp_path / "run")))
@@ -486,7 +576,7 @@ def test_full_disk(base, tmp_path, capfd):
             os._exit(stop.code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(said) == 1 and re.search("checkpoint of step 6 could not be written.*whole ones in .*: 0000003.*--resume", said[0])
+    assert len(said) == 1 and re.search("checkpoint of step 6 could not be written.*whole ones in .*: 0000003.*--resume --out .*full", said[0])
     assert [p.name for p in (tmp_path / "full/checkpoints/diffusion").iterdir()] == ["0000003"]
     assert_same_run(whole, train(read_config(["--resume", "--out", str(tmp_path / "full")])), "diffusion", 9)
 
@@ -544,6 +634,15 @@ def test_two_processes_stop_at_once(base, tmp_path, monkeypatch, capfd):
     assert [path.name for path in (tmp_path / "run/checkpoints/diffusion").iterdir()] == ["0000003"]
 
 
+def test_two_processes_stop_while_they_encode(base, tmp_path, monkeypatch, capfd):
+    "A signal that one of them hears there ends both in good order."
+    encode = tinydiff.train.encode_dataset
+    monkeypatch.setattr(tinydiff.train, "encode_dataset", lambda run, *rest: (run.rank or os.kill(os.getpid(), signal.SIGTERM), encode(run, *rest))[1])
+    assert by_two(on(base, batch_size=6, out=str(tmp_path / "run"))) == [1, 1]
+    said = capfd.readouterr().err
+    assert said.count("stopped while encoding, which begins anew") == 1 and said.count("SystemExit: 0") == 2
+
+
 def test_two_processes_share_the_encoding(base, tmp_path, monkeypatch):
     "Each encodes half of the pictures; the file is what one process would have written, and what was skipped by either is named."
     folder, encode = picture_folder(tmp_path / "data", count=11, captions=2), tinydiff.train.encode_dataset
@@ -593,9 +692,11 @@ def test_other_pictures_are_noticed(base, tmp_path, capsys):
     folder = picture_folder(tmp_path / "data")
     config = on(base, dataset=str(folder), subset_size=0, out=str(tmp_path / "run"))
     train(config)
-    Image.new("RGB", (20, 20), "red").save(folder / "1.png")
-    train(dataclasses.replace(config, resume=True, steps=3))
-    assert "note: the pictures are not those" in capsys.readouterr().err
+    before = (folder / "1.png").read_bytes()
+    for red, expected in ((True, True), (True, True), (False, False)):  # compared with the first start's, whatever came between
+        Image.new("RGB", (20, 20), "red").save(folder / "1.png") if red else (folder / "1.png").write_bytes(before)
+        train(dataclasses.replace(config, resume=True, steps=3))
+        assert ("note: the pictures are not those" in capsys.readouterr().err) == expected
 
 
 def test_skipped_pictures_are_named_at_the_end(tmp_path, capsys):
@@ -839,6 +940,13 @@ def test_cache_is_made_anew_when_it_must(base, tmp_path, monkeypatch):
     (tmp_path / "run/latents.safetensors").write_bytes(b"damaged")
     train(on(base, out=out, resume=True, steps=5, flip=True))
     assert len(made) == 4
+    with open(tmp_path / "run/latents.safetensors", "r+b") as file:  # one bit
+        file.seek(-100, os.SEEK_END)
+        byte = file.read(1)[0]
+        file.seek(-100, os.SEEK_END)
+        file.write(bytes([byte ^ 1]))
+    for _ in range(2): train(on(base, out=out, resume=True, steps=6, flip=True))
+    assert len(made) == 5
 
 
 def test_every_caption_is_used(base, tmp_path):

@@ -349,7 +349,8 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".
 
 def read_sidecars(folder: Path) -> list[tuple[Path, list[str]]]:
     "Picture files with a text file of the same name beside them, one caption a line. One without such a file has no caption; if all are, they are no data set."
-    pictures = sorted(p for p in folder.rglob("[!.]*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    drawn = {p.parent / "samples" for p in folder.rglob("run.json")}  # by models that were trained in here
+    pictures = sorted(p for p in folder.rglob("[!.]*") if p.suffix.lower() in IMAGE_SUFFIXES and p.parent not in drawn)
     texts = [(p, p.with_suffix(".txt")) for p in pictures]
     def lines(text: Path) -> list[str]:
         try: return text.read_text(encoding="utf-8-sig").splitlines()
@@ -501,7 +502,7 @@ def load_captioned_images(
     split: str = "train",               # train, validation, test (scenes: also heldout, train-25, train-50)
     *,
     image_size: int = 64,               # pixels, height and width
-    cache_dir: str | None = None,       # where hub downloads are kept
+    cache_dir: str | None = None,       # where hub downloads are kept, and copies of parquet folders
     subset_size: int | None = None,     # the first so many items only (a hub's stream cuts each loader worker's files by itself: perhaps fewer)
     streaming: bool = False,            # True: an IterableDataset
     shuffle_buffer: int = 0,            # rows of a stream that are held back to mix it; 0: stored order

@@ -7,18 +7,19 @@ __all__ = ['RANGES', 'PRESETS', 'ARCHITECTURES', 'CHECKPOINT', 'PACKAGES', 'seed
            'batch_indices', 'StepSampler', 'learning_rate', 'make_optimizer', 'EMA', 'RunOptions', 'DataOptions',
            'ModelOptions', 'TaskOptions', 'OptimizerOptions', 'MachineOptions', 'is_allowed', 'in_words',
            'check_values', 'TrainConfig', 'config_from_dict', 'Architecture', 'sized', 'sync', 'remove',
-           'write_atomically', 'write_file', 'write_text', 'optimizer_tensors', 'load_optimizer_tensors',
+           'write_atomically', 'put_back', 'write_file', 'write_text', 'optimizer_tensors', 'load_optimizer_tensors',
            'checkpoints_in', 'checksums', 'save_checkpoint', 'read_checkpoint', 'load_checkpoint', 'read_metrics',
            'forget_after', 'smooth', 'plot_metrics', 'Gather', 'Run', 'leave', 'Log', 'EveryCaption', 'collate',
            'ignore_signals', 'no_worker_left', 'reading_processes', 'PixelStage', 'VAEStage', 'scaling_factor',
-           'captions_of', 'CLIPStage', 'Parts', 'load_parts', 'make_unet', 'needed_items', 'encode_dataset',
-           'data_fingerprint', 'parts_fingerprint', 'fingerprint', 'check_same_parts', 'remember_parts', 'noted',
-           'note_skipped', 'recall_skipped', 'read_cache', 'write_cache', 'joined', 'cached_latents', 'EncodedData',
-           'draw_by_time', 'Sketch', 'sketch_loss', 'Denoiser', 'make_denoiser', 'OneAhead', 'DiffusionStage',
-           'stop_signals', 'blame', 'Guard', 'backward', 'ToBFloat16', 'InBFloat16', 'recorded', 'parallel', 'Progress',
-           'finish', 'fit', 'has_bf16', 'join_processes', 'keep_freed_memory', 'check_shares', 'check_image_size',
-           'steps_made', 'stages_of', 'check_goes_on', 'check_out', 'note_ignored_parts', 'processor_name',
-           'git_commit', 'describe_run', 'with_earlier', 'open_run', 'with_folder', 'with_own_parts', 'open_dataset',
+           'captions_of', 'captions_in', 'read_captions', 'CLIPStage', 'Parts', 'load_parts', 'make_unet',
+           'needed_items', 'encode_dataset', 'data_fingerprint', 'parts_fingerprint', 'fingerprint', 'check_same_parts',
+           'remember_parts', 'noted', 'note_skipped', 'recall_skipped', 'tensor_checksum', 'read_cache', 'write_cache',
+           'joined', 'cached_latents', 'EncodedData', 'draw_by_time', 'Sketch', 'sketch_loss', 'Denoiser',
+           'make_denoiser', 'OneAhead', 'DiffusionStage', 'stop_signals', 'blame', 'Guard', 'backward', 'ToBFloat16',
+           'InBFloat16', 'recorded', 'parallel', 'Progress', 'finish', 'fit', 'has_bf16', 'join_processes',
+           'keep_freed_memory', 'check_shares', 'check_image_size', 'steps_made', 'stages_of', 'check_goes_on',
+           'check_out', 'note_ignored_parts', 'processor_name', 'git_commit', 'describe_run', 'with_earlier',
+           'lock_folder', 'open_run', 'with_folder', 'with_absolute_paths', 'with_own_parts', 'open_dataset',
            'explained', 'train', 'stored_config', 'read_config', 'main']
 
 # %% ../nbs/11_train.ipynb #b8522702
@@ -64,13 +65,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from tqdm.auto import tqdm
 
-from .data import bytes_to_tensor, choose_caption, image_to_bytes, load_captioned_images, skipped_report, tensor_to_images
+from .data import bytes_to_tensor, choose_caption, image_to_bytes, is_folder, load_captioned_images, skipped_report, tensor_to_images
 from .models.attention import TransformerBlock
 from .models.clip import CLIP, CLIPTextConfig, CLIPTextEncoder, CLIPTokenizer, CLIPVisionConfig, contrastive_loss
 from .models.unet import UNet, UNetConfig
 from .models.vae import AutoencoderKL, VAEConfig
 from .muon import Muon
-from .sample import PARTS, TextToImage, choose_device, contact_sheet, model_index, one_line_errors, out_of_memory, part_folder, read_flags, write_image
+from .sample import PARTS, UNETS, TextToImage, choose_device, contact_sheet, model_index, one_line_errors, out_of_memory, part_folder, read_flags, write_image
 from .schedulers.flow_matching import make_scheduler
 from tinydiff.stable_diffusion import (
     check_parts, load_clip, load_text_encoder, load_tokenizer, load_unet, load_vae, read_json, save_component, write_json,
@@ -158,7 +159,7 @@ class DataOptions:
     "Which pictures."
     dataset: str = "scenes"  # scenes, emoji, flickr30k, flickr8k, coco, coco_captions, vizwiz_caption, a hub id, or a folder
     split: str = "train"
-    cache_dir: str | None = None  # where hub downloads are kept
+    cache_dir: str | None = None  # where hub downloads are kept, and copies of parquet folders
     image_column: str | None = None
     caption_column: str | None = None
     image_size: int = 64
@@ -366,6 +367,13 @@ def write_atomically(folder: Path, write):
     sync(folder.parent)
     remove(old)
 
+
+def put_back(parent: Path):
+    "Folders that a kill between the two renames has left aside."
+    for old in parent.glob(".*.old"):
+        if not (folder := old.with_name(old.name[1:-4])).exists():
+            old.rename(folder)
+
 # %% ../nbs/11_train.ipynb #71f0a772
 def write_file(path: Path, write):
     "The same for one file: `write(temporary path)`."
@@ -402,7 +410,7 @@ CHECKPOINT = ("model", "ema", "optimizer")
 
 def checkpoints_in(folder: Path) -> list[Path]:
     "The checkpoints in a stage's folder, the newest last: those whose name is a number."
-    return sorted(path for path in folder.glob("*") if path.name.isdigit())
+    return sorted((path for path in folder.glob("*") if path.name.isdigit()), key=lambda path: int(path.name))
 
 
 def checksums(folder: Path) -> dict[str, str]:
@@ -418,13 +426,16 @@ def save_checkpoint(folder: Path, step: int, model: nn.Module, ema: EMA, optimiz
             save_file({k: v.detach().contiguous() for k, v in tensors.items()}, path / f"{name}.safetensors")
         write_json(path / "checksums.json", checksums(path))
 
+    kept = ", ".join(path.name for path in checkpoints_in(folder)) or "none yet"
+    if not torch.stack([p.isfinite().all() for network in (model, ema.model) for p in network.parameters()]).all():
+        raise ValueError(f"after step {step} weights are not finite, and are not saved: lower the learning rate; whole checkpoints in {folder}: {kept}")
     try:
         write_atomically(folder / f"{step:07}", write)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(folder / f".{step:07}.tmp", ignore_errors=True)
-        kept = ", ".join(path.name for path in checkpoints_in(folder)) or "none yet"
+        advice = "Make room" if re.search("space|quota", str(error)) else "Mend that"
         raise OSError(f"the checkpoint of step {step} could not be written ({error}); whole ones in {folder}: {kept}. "
-                      "Make room, then go on with --resume") from None
+                      f"{advice}, then go on with --resume --out {folder.parents[1]}") from None
     for old in [*folder.glob(".*.tmp"), *folder.glob(".*.old"), *[path for path in checkpoints_in(folder) if int(path.name) <= step][:-keep]]:
         remove(old)
 
@@ -529,9 +540,9 @@ class Run:
     rank: int = 0
     world: int = 1
     stop: list = dataclasses.field(default_factory=list)  # signals that have come
+    lock: object = nullcontext()  # held while the first process trains
 
-    def autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+    def autocast(self): return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def mine(self, batch):
         "This process's share of a global batch."
@@ -727,6 +738,24 @@ def captions_of(dataset: Dataset, indices: list[int]) -> list[str]:
     "A caption of each item."
     return [dataset[i]["caption"] for i in indices]
 
+
+def captions_in(items: list[dict]) -> list[str]:
+    "The captions of a batch, without its pictures."
+    return [item["caption"] for item in items]
+
+
+def read_captions(run: Run, dataset: Dataset, indices: list[int]) -> list[str]:
+    "The same by several processes, for thousands of items."
+    loader = DataLoader(Subset(dataset, indices), 64, collate_fn=captions_in, num_workers=reading_processes(run.config, run.device), worker_init_fn=ignore_signals)
+    captions = []
+    for some in tqdm(loader, desc="captions", unit="batch", disable=run.rank > 0):
+        captions += some
+        if run.stop:
+            break
+    if run.any_process(bool(run.stop)):
+        leave(run, "while reading captions, which begins anew")
+    return captions
+
 # %% ../nbs/11_train.ipynb #37266b54
 class CLIPStage(PixelStage):
     "Stage 2: captions and pictures that belong together end up close (Radford et al. 2021)."
@@ -738,7 +767,7 @@ class CLIPStage(PixelStage):
         if checkpoints_in(run.folder / "checkpoints" / "clip") and (run.folder / "tokenizer").is_dir():
             self.tokenizer = load_tokenizer(run.folder / "tokenizer")  # whatever the data set has become since
         else:
-            captions = captions_of(dataset, permutation(len(dataset), c.seed, 0)[:5000].tolist())
+            captions = read_captions(run, dataset, permutation(len(dataset), c.seed, 0)[:5000].tolist())
             self.tokenizer = CLIPTokenizer.train(captions, arch.text.vocab_size, arch.text.max_position_embeddings)
         arch = sized(arch, c.image_size, len(self.tokenizer.vocab))
         self.model, self.lr = CLIP(arch.text, arch.vision), c.clip_lr
@@ -815,22 +844,27 @@ def encode_dataset(run: Run, dataset: Dataset, parts: Parts, items: Tensor) -> d
     `ids` (captions, length): all captions of all items; those of item i are rows first[i] to first[i + 1].
     """
     mirrors = [False, True] if run.config.flip else [False]
-    moments, ids, counts = [[] for _ in mirrors], [], [0]
+    moments, ids, counts, cut = None, [], [0], 0
     at_once = min(64, max(1, 64 * 128**2 // run.config.image_size**2))  # fewer of large pictures
     loader = DataLoader(Subset(EveryCaption(dataset), items.tolist()), batch_size=at_once, collate_fn=collate,
                         num_workers=reading_processes(run.config, run.device), worker_init_fn=ignore_signals, pin_memory=run.device.type == "cuda")
     for images, captions in tqdm(loader, desc="encoding", unit="batch", disable=run.rank > 0):
         images = bytes_to_tensor(images.to(run.device, non_blocking=True).contiguous(memory_format=torch.channels_last))
         with run.autocast():
-            for mirror, encoded in zip(mirrors, moments):
-                posterior = parts.vae.encode(images.flip(-1) if mirror else images)
-                encoded.append(torch.cat([posterior.mean, posterior.logvar], dim=1).half().cpu())
+            posteriors = [parts.vae.encode(images.flip(-1) if mirror else images) for mirror in mirrors]
+        encoded = torch.stack([torch.cat([p.mean, p.logvar], dim=1) for p in posteriors], dim=1).half()
+        if moments is None:
+            moments = torch.empty(len(items), *encoded.shape[1:], dtype=torch.half)
+        moments[len(counts) - 1 : len(counts) - 1 + len(images)] = encoded.cpu()
         ids.append(parts.tokenizer([caption for several in captions for caption in several]))
         counts += map(len, captions)
+        cut += sum(not parts.tokenizer.fits(caption) for several in captions for caption in several)
         if run.stop:
-            leave(run, "while encoding, which begins anew")
-    return {"moments": torch.stack([torch.cat(encoded) for encoded in moments], dim=1).contiguous(),
-            "ids": torch.cat(ids), "first": torch.tensor(counts).cumsum(0)}
+            break
+    if run.rank == 0 and cut > 0.01 * sum(counts):
+        print(f"note: of {cut / sum(counts):.0%} of the captions the text encoder reads the beginning alone, {parts.tokenizer.max_length} pieces of words. "
+              "--stage all learns the words of these captions, --arch base reads 77 pieces", file=sys.stderr)
+    return {"moments": moments, "ids": torch.cat(ids), "first": torch.tensor(counts).cumsum(0)}
 
 # %% ../nbs/11_train.ipynb #acfd37e2
 def data_fingerprint(dataset: Dataset, looks: int = 32) -> str:
@@ -895,18 +929,28 @@ def recall_skipped(folder: Path, dataset: Dataset):
                 dataset.skipped[index] = True
 
 # %% ../nbs/11_train.ipynb #2601d6a7
+def tensor_checksum(tensors: dict[str, Tensor]) -> str:
+    "A checksum of tensors on the CPU."
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        digest.update(tensors[name].contiguous().numpy())
+    return digest.hexdigest()
+
+
 def read_cache(path: Path, key: str) -> dict[str, Tensor] | None:
     "The tensors of a file that was written under this key; None where it is missing, damaged, or made from something else."
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()} if (file.metadata() or {}).get("key") == key else None
+            about = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()} if about.get("key") == key else None
+        return tensors if tensors and about.get("checksum") == tensor_checksum(tensors) else None
     except (OSError, SafetensorError):
         return None
 
 # %% ../nbs/11_train.ipynb #6a2d8323
 def write_cache(path: Path, tensors: dict[str, Tensor], key: str):
     "The file is there whole, or not at all."
-    write_file(path, functools.partial(save_file, tensors, metadata={"key": key}))
+    write_file(path, functools.partial(save_file, tensors, metadata={"key": key, "checksum": tensor_checksum(tensors)}))
 
 
 def joined(shares: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -923,6 +967,8 @@ def cached_latents(run: Run, dataset: Dataset, parts: Parts, items: Tensor) -> d
     if run.any_process(cached is None):
         if run.rank < len(shares):
             cached = encode_dataset(run, dataset, parts, items.tensor_split(len(shares))[run.rank])
+        if run.any_process(bool(run.stop)):
+            leave(run, "while encoding, which begins anew")
         if run.world > 1:
             if run.rank < len(shares):
                 write_cache(shares[run.rank], cached, key)
@@ -1436,30 +1482,56 @@ def describe_run(config: TrainConfig, dataset: Dataset | None = None) -> dict:
 def with_earlier(about: dict, path: Path) -> dict:
     "The description with those of the run's earlier starts; a note where the pictures have changed since."
     before = read_json(path) if path.is_file() else {}
-    if before.get("data", about["data"]) != about["data"]:
+    first = (before.get("earlier") or [before])[0]
+    if first.get("data", about["data"]) != about["data"]:
         print(f"note: the pictures are not those that {path.parent} began with", file=sys.stderr)
     return about | {"earlier": before.pop("earlier", []) + [before] * bool(before)}
+
+# %% ../nbs/11_train.ipynb #f38fb746
+def lock_folder(folder: Path):
+    """Hold a run's folder until the file that is returned is closed; ValueError where another program holds it.
+
+    The lock is the process's own: it ends when that is killed, and its loaders' workers do not inherit it.
+    """
+    import fcntl  # POSIX alone has it
+    file = open(folder / ".lock", "w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):  # else the disk knows no locks
+            raise ValueError(f"another program is training in {folder}: wait for its end, stop it, or choose another --out") from None
+    return file
 
 # %% ../nbs/11_train.ipynb #3112867b
 def open_run(config: TrainConfig, device: torch.device, rank: int = 0, world: int = 1, dataset: Dataset | None = None) -> Run:
     "Make the run's folder and describe the run there, after what was written of its earlier starts; ValueError where it cannot be written."
-    folder, bf16 = Path(config.out), has_bf16(device) if config.precision == "auto" else config.precision == "bf16"
+    folder, lock, bf16 = Path(config.out), nullcontext(), has_bf16(device) if config.precision == "auto" else config.precision == "bf16"
     chosen = {"device": str(device), "precision": "bf16" if bf16 else "fp32", "num_workers": reading_processes(config, device)}
     try:
         if rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
+            lock = lock_folder(folder)
             write_text(folder / "run.json", json.dumps(with_earlier(describe_run(config, dataset) | {"chosen": chosen}, folder / "run.json"), indent=2))
     except OSError as error:
         raise ValueError(f"--out {folder} cannot be written: {error.strerror}") from None
-    return Run(config, folder, device, bf16, rank, world)
+    return Run(config, folder, device, bf16, rank, world, lock=lock)
 
 # %% ../nbs/11_train.ipynb #1ed2f66c
-def with_folder(config: TrainConfig, world: int = 1) -> TrainConfig:
-    "The configuration with its folder named; all processes hear the first one's name."
+def with_folder(config: TrainConfig, rank: int = 0, world: int = 1) -> TrainConfig:
+    "The configuration with its folder named, which a kill may have left in parts; all processes wait for the first one's name."
     out = [str(Path(config.out).expanduser()) if config.out else f"runs/{Path(config.dataset).resolve().name}-{config.scheduler}-{time.strftime('%Y%m%d-%H%M%S')}"]
+    if rank == 0 and config.resume:
+        put_back(Path(out[0]))
     if world > 1:
         torch.distributed.broadcast_object_list(out)
     return dataclasses.replace(config, out=out[0])
+
+
+def with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    "The folders of pictures and parts by names that hold in any directory: a run may be resumed from another one."
+    named = {name: path for name in ("dataset", "vae", "text_encoder", "unet") if (path := getattr(config, name))}
+    folders = {name: path for name, path in named.items() if (is_folder(path) if name == "dataset" else path not in UNETS and Path(path).expanduser().is_dir())}
+    return dataclasses.replace(config, **{name: os.path.abspath(Path(path).expanduser()) for name, path in folders.items()})
 
 
 def with_own_parts(config: TrainConfig) -> TrainConfig:
@@ -1526,7 +1598,7 @@ def train(config: TrainConfig) -> Path:
     device, rank, world = join_processes(config)
     if device.type == "cpu":
         keep_freed_memory()
-    config = with_folder(config, world)
+    config = with_absolute_paths(with_folder(config, rank, world))
     if rank == 0:
         check_out(config)
     check_shares(config, world)
@@ -1540,20 +1612,21 @@ def train(config: TrainConfig) -> Path:
         check_same_parts(Path(config.out), parts)
         note_ignored_parts(config)
     run, stages = open_run(config, device, rank, world, dataset), stages_of(config)  # nothing was written so far
-    if config.resume:
-        run.same_step(steps_made(config.out, "diffusion"))  # or the processes would train different stages
-        recall_skipped(run.folder, dataset)
     make = {"vae": lambda: VAEStage(run, dataset, arch), "clip": lambda: CLIPStage(run, dataset, arch),
             "diffusion": lambda: DiffusionStage(run, dataset, arch, parts or load_parts(run.folder, run.folder))}
-    for name in stages:
-        torch.manual_seed(seed_at(config.seed, name, "weights"))
-        with explained(name, run), stop_signals() as run.stop, no_worker_left():
-            stage = make[name]()
-            try:
-                fit(stage, run)
-            finally:
-                stage.loaded = None  # its workers do not listen to signals
-                vars(stage).pop("batch", None)  # a thread, which holds the stage
+    with run.lock:
+        if config.resume:
+            run.same_step(steps_made(config.out, "diffusion"))  # or the processes would train different stages
+            recall_skipped(run.folder, dataset)
+        for name in stages:
+            torch.manual_seed(seed_at(config.seed, name, "weights"))
+            with explained(name, run), stop_signals() as run.stop, no_worker_left():
+                stage = make[name]()
+                try:
+                    fit(stage, run)
+                finally:
+                    stage.loaded = None  # its workers do not listen to signals
+                    vars(stage).pop("batch", None)  # a thread, which holds the stage
     if world > 1:
         torch.distributed.destroy_process_group()
     return run.folder

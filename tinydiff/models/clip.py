@@ -82,7 +82,7 @@ class CLIPTokenizer:
         return len(self.tokenizer.encode(caption.encode("utf-8", "replace").decode(), add_special_tokens=False).ids) <= self.max_length - 2
 
     def decode(self, ids: Tensor) -> str:  # (length,): what stands before the end
-        words = [i for i in ids.tolist() if i != self.start_id]
+        words = ids.tolist()
         return self.tokenizer.decode(words[: words.index(self.end_id)] if self.end_id in words else words).strip()
 
     def save(self, folder: str | Path):
