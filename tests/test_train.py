@@ -30,7 +30,7 @@ import tinydiff.sample
 import tinydiff.train
 from small import QUICK, SMALL, differences, run_command
 from tinydiff.data import image_to_tensor
-from tinydiff.models.clip import CLIPTextEncoder
+from tinydiff.models.clip import CLIP, CLIPTextEncoder
 from tinydiff.models.unet import UNet
 from tinydiff.sample import TextToImage
 from tinydiff.stable_diffusion import load_text_encoder, load_vae
@@ -512,6 +512,16 @@ def test_captions_that_are_cut_are_counted(base, tmp_path, capsys):
     (folder / "0.txt").write_text("a very long caption " * 20)
     train(on(base, dataset=str(folder), subset_size=0, out=str(tmp_path / "run")))
     assert re.search("note: of 25% of the captions the text encoder reads the beginning alone, \\d+ pieces", capsys.readouterr().err)
+
+
+def test_reading_captions_changes_no_weights(tmp_path):
+    "A loader draws a seed from PyTorch's numbers, unless it has its own."
+    run = Run(TrainConfig(**QUICK | dict(stage="clip")), tmp_path, torch.device("cpu"), False)
+    torch.manual_seed(3)
+    stage = tinydiff.train.CLIPStage(run, open_dataset(run.config), SMALL)
+    torch.manual_seed(3)
+    twin = CLIP(stage.model.text_encoder.config, stage.model.image_encoder.config)
+    assert all(torch.equal(weight, twin.state_dict()[key]) for key, weight in stage.model.state_dict().items())
 
 
 def test_a_signal_while_captions_are_read(tmp_path, monkeypatch, capsys):

@@ -746,7 +746,8 @@ def captions_in(items: list[dict]) -> list[str]:
 
 def read_captions(run: Run, dataset: Dataset, indices: list[int]) -> list[str]:
     "The same by several processes, for thousands of items."
-    loader = DataLoader(Subset(dataset, indices), 64, collate_fn=captions_in, num_workers=reading_processes(run.config, run.device), worker_init_fn=ignore_signals)
+    loader = DataLoader(Subset(dataset, indices), 64, collate_fn=captions_in, num_workers=reading_processes(run.config, run.device),
+                        worker_init_fn=ignore_signals, generator=torch.Generator())  # of its own: the other one's numbers become weights
     captions = []
     for some in tqdm(loader, desc="captions", unit="batch", disable=run.rank > 0):
         captions += some
