@@ -17,8 +17,9 @@ from torch.utils.data import DataLoader
 
 from tinydiff import evaluate as ev
 from tinydiff.data import bytes_to_tensor
-from tinydiff.sample import TextToImage
+from tinydiff.sample import SampleConfig, TextToImage
 from tinydiff.scenes import COLORS, KINDS, Scenes, is_heldout, parse, sample_scene
+from tinydiff.train import TrainConfig
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +181,13 @@ def test_an_exam_by_its_settings(monkeypatch, reader):
         config = ev.EvalConfig(scheduler=("ddim",), seed=7, training_seed=training_seed)  # with tiny: tiny-ddpm, whose seed was 1
         record, _ = ev.run_exam(config, config.combinations()[0], reader)
         assert (seen["seed"], seen["training"][1], record["training_set"]) == (7, expected, f"train, seed {expected}")
+
+
+def test_paths_may_be_paths(tmp_path):
+    "In Python they often are."
+    exam, train = ev.EvalConfig(checkpoint=tmp_path, out=tmp_path), TrainConfig(dataset=tmp_path, vae=tmp_path, out=tmp_path)
+    assert (exam.checkpoint, exam.out, train.dataset, train.vae, train.out) == ((str(tmp_path),), *4 * [str(tmp_path)])
+    assert SampleConfig("a", checkpoint=tmp_path, out=tmp_path / "a.png").out == str(tmp_path / "a.png")
 
 
 def test_so_many_images_that_seeds_overlap_are_refused():
@@ -389,7 +397,7 @@ def test_command(tmp_path, monkeypatch, capsys):
     assert {path.name for path in out.iterdir()} == {"results.json", "answers.json", "failures-00.png", "failures-01.png", "failures-kept.png", "sweep.png"}
 
 
-def test_copies_are_looked_for_where_a_run_was_trained(tmp_path, capsys):
+def test_copies_are_looked_for_where_a_run_was_trained(tmp_path, capsys, monkeypatch):
     "Its own split and seed, by run.json, also for one step of it; the default ones where there is none."
     step = tmp_path / "checkpoints/diffusion/0000002/ema.safetensors"
     step.parent.mkdir(parents=True)
@@ -400,7 +408,14 @@ def test_copies_are_looked_for_where_a_run_was_trained(tmp_path, capsys):
     for dataset, expected in (("scenes", ("train-25", 7)), ("emoji", ("train", 0))):
         (tmp_path / "run.json").write_text(json.dumps({"config": {"dataset": dataset, "split": "train-25", "seed": 7}}))
         assert ev.training_set(str(tmp_path)) == ev.training_set(str(step)) == expected
-    assert capsys.readouterr().err.splitlines() == [f"note: {place} was trained on emoji; the exam is about scenes" for place in (tmp_path, step)]
+    (tmp_path / "taken").touch()
+    with pytest.raises(ValueError, match="cannot be made"):
+        ev.run_exams(ev.EvalConfig(checkpoint=("tiny", "tiny-ddpm"), steps=(1, 2), out=tmp_path / "taken", device="cpu"))
+    assert "note:" not in capsys.readouterr().err
+    monkeypatch.setattr(ev, "run_settings", lambda checkpoint: {"dataset": "emoji"})
+    with pytest.raises(ValueError, match="cannot be made"):
+        ev.run_exams(ev.EvalConfig(steps=(1, 2), out=tmp_path / "taken", device="cpu"))
+    assert capsys.readouterr().err == "note: tiny was trained on emoji; the exam is about scenes\n"
     assert not torch.equal(ev.training_pixels("train", 0, 2), ev.training_pixels("train", 1, 2))
 
 

@@ -11,8 +11,8 @@ __all__ = ['WHOLE', 'EACH', 'POSITION_TOLERANCE', 'SIX', 'CATEGORIES', 'WITHHOLD
            'shows_relation', 'is_right', 'bootstrap', 'summarize', 'question_scores', 'chance_scores', 'fill',
            'renders_of', 'frechet_distance', 'kernel_distance', 'distances', 'small_pixels', 'nearest', 'first_seed',
            'draw_pictures', 'Evaluation', 'evaluate', 'failure_sheet', 'report', 'score_table', 'EvalConfig',
-           'read_step', 'open_checkpoint', 'sampler_name', 'unet_calls', 'answers', 'training_pixels', 'training_set',
-           'run_exam', 'plot_sweep', 'run_exams', 'main']
+           'read_step', 'open_checkpoint', 'sampler_name', 'unet_calls', 'answers', 'training_pixels', 'run_settings',
+           'training_set', 'run_exam', 'plot_sweep', 'run_exams', 'main']
 
 # %% ../nbs/13_evaluate.ipynb #2518e837
 import dataclasses
@@ -43,7 +43,7 @@ from .data import bytes_to_tensor, image_to_tensor, is_whole, tensor_to_images
 from .models.vae import AutoencoderKL
 from tinydiff.sample import (
     BUNDLED, SAMPLERS, TextToImage, check_counts, check_scale, choose_device, contact_sheet, guided_context, latent_shape, made_for,
-    one_line_errors, open_sampler, pick, read_flags, started, write_image,
+    one_line_errors, open_sampler, paths_to_text, pick, read_flags, started, write_image,
 )
 from .scenes import COLORS, KINDS, PLACES, RELATIONS, SIZES, STYLES, Scene, Scenes, Thing, caption, is_heldout, parse, render, sample_scene
 from .stable_diffusion import load_weights, read_json, read_weights, write_json
@@ -623,9 +623,10 @@ class EvalConfig:
     device: str | None = None  # None: an NVIDIA or AMD GPU where there is one
 
     def __post_init__(self):
+        paths_to_text(self)
         for name in ("checkpoint", "scheduler", "steps", "guidance_scale"):
             value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, (str, Path, Number)) else tuple(value))  # a single one, or several
+            object.__setattr__(self, name, (value,) if isinstance(value, (str, Number)) else tuple(value))  # a single one, or several
         object.__setattr__(self, "checkpoint", tuple(map(str, self.checkpoint)))
         names = ("prompts", "images", "batch_size", "reference_pictures", "training_pictures")
         check_counts(**{name: getattr(self, name) for name in names})
@@ -686,17 +687,20 @@ def training_pixels(split: str, seed: int, count: int) -> Tensor:
     return small_pixels(scenes[i]["image"] for i in range(len(scenes)))
 
 
-def training_set(checkpoint: str) -> tuple[str, int]:
-    "Split and seed of the scenes that a run was trained on, as its run.json says; those of `--split train --seed 0` where that does not."
-    if checkpoint == "tiny-ddpm": return "train", 1  # as pretrained/README.md says
+def run_settings(checkpoint: str) -> dict:
+    "The configuration in a run's run.json; empty where there is none."
     path = Path(checkpoint).expanduser()
     run = path.parent / "../../.." if path.suffix == ".safetensors" else path
     try: settings = json.loads((run / "run.json").read_text(encoding="utf-8"))["config"]
     except (OSError, ValueError, LookupError, TypeError): settings = None
-    if not isinstance(settings, dict): return "train", 0
-    if (dataset := settings.get("dataset")) != "scenes":
-        print(f"note: {checkpoint} was trained on {dataset}; the exam is about scenes", file=sys.stderr)
-        return "train", 0
+    return settings if isinstance(settings, dict) else {}
+
+
+def training_set(checkpoint: str) -> tuple[str, int]:
+    "Split and seed of the scenes that a run was trained on, as its run.json says; those of `--split train --seed 0` where that does not."
+    if checkpoint == "tiny-ddpm": return "train", 1  # as pretrained/README.md says
+    settings = run_settings(checkpoint)
+    if settings.get("dataset") != "scenes": return "train", 0
     return settings.get("split", "train"), settings.get("seed", 0)
 
 
@@ -743,6 +747,8 @@ def run_exams(config: EvalConfig) -> list[dict]:
     device, out = choose_device(config.device), Path(config.out).expanduser()
     for chosen in config.combinations():
         started(open_checkpoint(chosen["checkpoint"], chosen["scheduler"], device).scheduler, chosen["steps"])  # all mistakes before the first picture
+    for checkpoint in config.checkpoint:
+        if (dataset := run_settings(checkpoint).get("dataset", "scenes")) != "scenes": print(f"note: {checkpoint} was trained on {dataset}; the exam is about scenes", file=sys.stderr)
     try: out.mkdir(parents=True, exist_ok=True)
     except OSError as error: raise ValueError(f"--out {config.out} cannot be made: {error.strerror}") from None
     reader, records, read = load_reader(device=device), [], []

@@ -7,9 +7,10 @@ __all__ = ['BUNDLED', 'UNETS', 'SAMPLERS', 'PICTURES', 'PRECISIONS', 'is_hub_id'
            'latent_shape', 'picture_generators', 'start_noise', 'caption_lines', 'contact_sheet', 'guided_context',
            'guided_prediction', 'model_index', 'Pipeline', 'check_counts', 'check_scale', 'check_negative',
            'repeat_prompts', 'SampleState', 'started', 'Sampler', 'TextToImage', 'pick', 'film_strip', 'samplers_of',
-           'choose_sampler', 'is_folder', 'SampleConfig', 'first_complaint', 'read_flags', 'picture_settings',
-           'image_bytes', 'write_image', 'read_settings', 'folder_for', 'write_images', 'out_of_memory',
-           'choose_device', 'made_for', 'open_sampler', 'sample', 'one_line_errors', 'main', 'start_app']
+           'choose_sampler', 'is_folder', 'paths_to_text', 'SampleConfig', 'first_complaint', 'read_flags',
+           'picture_settings', 'image_bytes', 'write_image', 'read_settings', 'folder_for', 'write_images',
+           'out_of_memory', 'choose_device', 'made_for', 'open_sampler', 'sample', 'one_line_errors', 'main',
+           'start_app']
 
 # %% ../nbs/12_sample.ipynb #1fdab62d
 import contextlib
@@ -367,6 +368,13 @@ def is_folder(out: str) -> bool:
     return out.endswith(("/", "\\")) or Path(out).is_dir() or not Path(out).suffix
 
 
+def paths_to_text(config):
+    "A frozen configuration's paths become strings: JSON knows no others."
+    for name, value in list(vars(config).items()):
+        if isinstance(value, os.PathLike):
+            object.__setattr__(config, name, os.fspath(value))
+
+
 @dataclass(frozen=True)
 class SampleConfig:
     "Draw pictures of prompts."
@@ -386,6 +394,7 @@ class SampleConfig:
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: half the memory, and faster where the device computes in it; pictures change a little
 
     def __post_init__(self):
+        paths_to_text(self)
         if isinstance(self.prompt, str):
             object.__setattr__(self, "prompt", (self.prompt,))
         repeat_prompts(self.prompt, 1)

@@ -71,7 +71,7 @@ from .models.clip import CLIP, CLIPTextConfig, CLIPTextEncoder, CLIPTokenizer, C
 from .models.unet import UNet, UNetConfig
 from .models.vae import AutoencoderKL, VAEConfig
 from .muon import Muon
-from .sample import PARTS, UNETS, TextToImage, choose_device, contact_sheet, model_index, one_line_errors, out_of_memory, part_folder, read_flags, write_image
+from .sample import PARTS, UNETS, TextToImage, choose_device, contact_sheet, model_index, one_line_errors, out_of_memory, part_folder, paths_to_text, read_flags, write_image
 from .schedulers.flow_matching import make_scheduler
 from tinydiff.stable_diffusion import (
     check_parts, load_clip, load_text_encoder, load_tokenizer, load_unet, load_vae, read_json, save_component, write_json,
@@ -259,8 +259,6 @@ def check_values(config):
     "ValueError for the first field whose value is of a wrong kind or out of its range."
     for name, kind in get_type_hints(type(config)).items():
         value, (low, high) = getattr(config, name), RANGES.get(name, (None, None))
-        if isinstance(value, os.PathLike):
-            object.__setattr__(config, name, value := os.fspath(value))  # JSON knows no paths; the dataclass is frozen
         if not is_allowed(value, kind):
             raise ValueError(f"--{name} must be {in_words(kind)}, not {value!r}")
         if low is not None and value is not None and not low <= value <= high:
@@ -272,6 +270,7 @@ class TrainConfig(MachineOptions, OptimizerOptions, TaskOptions, ModelOptions, D
     "Train a text-to-image latent diffusion model: its autoencoder, its text encoder, its UNet, or all three in this order."
 
     def __post_init__(self):
+        paths_to_text(self)
         check_values(self)
         if self.scheduler != "ddpm" and (self.prediction_type, self.snr_gamma) != ("epsilon", None):
             raise ValueError("--prediction_type and --snr_gamma are for --scheduler ddpm; flow matching always predicts noise minus picture")
@@ -368,11 +367,11 @@ def write_atomically(folder: Path, write):
     remove(old)
 
 
-def put_back(parent: Path):
-    "Folders that a kill between the two renames has left aside."
-    for old in parent.glob(".*.old"):
-        if not (folder := old.with_name(old.name[1:-4])).exists():
-            old.rename(folder)
+def put_back(folder: Path):
+    "A folder that a kill between the two renames has left aside."
+    old = folder.with_name(f".{folder.name}.old")
+    if old.is_dir() and not folder.exists():
+        old.rename(folder)
 
 # %% ../nbs/11_train.ipynb #71f0a772
 def write_file(path: Path, write):
@@ -433,9 +432,9 @@ def save_checkpoint(folder: Path, step: int, model: nn.Module, ema: EMA, optimiz
         write_atomically(folder / f"{step:07}", write)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(folder / f".{step:07}.tmp", ignore_errors=True)
-        advice = "Make room" if re.search("space|quota", str(error)) else "Mend that"
+        advice = "Make room" if re.search("No space left|quota exceeded", str(error)) else "Mend that"
         raise OSError(f"the checkpoint of step {step} could not be written ({error}); whole ones in {folder}: {kept}. "
-                      f"{advice}, then go on with --resume --out {folder.parents[1]}") from None
+                      f"{advice}, then go on with --resume --out {folder.parent.parent}") from None
     for old in [*folder.glob(".*.tmp"), *folder.glob(".*.old"), *[path for path in checkpoints_in(folder) if int(path.name) <= step][:-keep]]:
         remove(old)
 
@@ -863,8 +862,8 @@ def encode_dataset(run: Run, dataset: Dataset, parts: Parts, items: Tensor) -> d
         if run.stop:
             break
     if run.rank == 0 and cut > 0.01 * sum(counts):
-        print(f"note: of {cut / sum(counts):.0%} of the captions the text encoder reads the beginning alone, {parts.tokenizer.max_length} pieces of words. "
-              "--stage all learns the words of these captions, --arch base reads 77 pieces", file=sys.stderr)
+        advice = "" if run.config.stage == "all" else "; --stage all learns the words of these captions"
+        print(f"note: of {cut / sum(counts):.0%} of the captions the text encoder reads the beginning alone, {parts.tokenizer.max_length - 2} pieces of words" + advice, file=sys.stderr)
     return {"moments": moments, "ids": torch.cat(ids), "first": torch.tensor(counts).cumsum(0)}
 
 # %% ../nbs/11_train.ipynb #acfd37e2
@@ -934,6 +933,7 @@ def tensor_checksum(tensors: dict[str, Tensor]) -> str:
     "A checksum of tensors on the CPU."
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(tensors):
+        digest.update(repr((name, tensors[name].dtype, tensors[name].shape)).encode())
         digest.update(tensors[name].contiguous().numpy())
     return digest.hexdigest()
 
@@ -1437,7 +1437,7 @@ def check_out(config: TrainConfig):
 def note_ignored_parts(config: TrainConfig):
     "Say so where a resumed run names another text encoder or UNet: it goes on with the weights of its checkpoint."
     if config.resume and checkpoints_in(Path(config.out) / "checkpoints" / "diffusion") and int(os.environ.get("RANK", 0)) == 0:
-        before = stored_config(config.out)
+        before = with_absolute_paths(stored_config(config.out))
         if (before.text_encoder, before.unet) != (config.text_encoder, config.unet):
             print("note: stage diffusion goes on with the weights of its checkpoint: --text_encoder and --unet count at its start alone", file=sys.stderr)
 
@@ -1521,8 +1521,10 @@ def open_run(config: TrainConfig, device: torch.device, rank: int = 0, world: in
 def with_folder(config: TrainConfig, rank: int = 0, world: int = 1) -> TrainConfig:
     "The configuration with its folder named, which a kill may have left in parts; all processes wait for the first one's name."
     out = [str(Path(config.out).expanduser()) if config.out else f"runs/{Path(config.dataset).resolve().name}-{config.scheduler}-{time.strftime('%Y%m%d-%H%M%S')}"]
-    if rank == 0 and config.resume:
-        put_back(Path(out[0]))
+    if rank == 0 and config.resume and Path(out[0]).is_dir():
+        with lock_folder(Path(out[0])):  # not in the middle of another program's renames
+            for part in (*PARTS, "clip"):
+                put_back(Path(out[0]) / part)
     if world > 1:
         torch.distributed.broadcast_object_list(out)
     return dataclasses.replace(config, out=out[0])
@@ -1532,7 +1534,8 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     "The folders of pictures and parts by names that hold in any directory: a run may be resumed from another one."
     named = {name: path for name in ("dataset", "vae", "text_encoder", "unet") if (path := getattr(config, name))}
     folders = {name: path for name, path in named.items() if (is_folder(path) if name == "dataset" else path not in UNETS and Path(path).expanduser().is_dir())}
-    return dataclasses.replace(config, **{name: os.path.abspath(Path(path).expanduser()) for name, path in folders.items()})
+    folders |= {"cache_dir": config.cache_dir} if config.cache_dir else {}
+    return dataclasses.replace(config, **{name: str(Path(path).expanduser().absolute()) for name, path in folders.items()})
 
 
 def with_own_parts(config: TrainConfig) -> TrainConfig:
@@ -1615,7 +1618,7 @@ def train(config: TrainConfig) -> Path:
     run, stages = open_run(config, device, rank, world, dataset), stages_of(config)  # nothing was written so far
     make = {"vae": lambda: VAEStage(run, dataset, arch), "clip": lambda: CLIPStage(run, dataset, arch),
             "diffusion": lambda: DiffusionStage(run, dataset, arch, parts or load_parts(run.folder, run.folder))}
-    with run.lock:
+    with run.lock, explained(stages[0], run):
         if config.resume:
             run.same_step(steps_made(config.out, "diffusion"))  # or the processes would train different stages
             recall_skipped(run.folder, dataset)
