@@ -169,9 +169,9 @@ MUTATIONS = [
     bug("a key silently ignored", "train.py", "    for key in values:\n", "    values = {k: v for k, v in values.items() if k in known}\n    for key in values:\n", T + "stored_configuration_is_checked"),
     bug("a key silently ignored", "stable_diffusion.py", "key not in NO_EFFECT and (value or None)", "key in ours and (value or None)", F + "bad_folders_are_refused_in_one_line"),
     # --- shapes that happen to fit
-    bug("two timesteps for four samples", "models/unet.py", "if timesteps.numel() not in (1, len(sample)):", "if False:", M + "as_many_timesteps_as_samples"),
+    bug("two timesteps for four samples", "models/unet.py", "if timesteps.numel() not in (1, len(sample), len(context)):", "if False:", M + "as_many_timesteps_as_samples"),
     bug("one row of noise for all", BASE, "if len(generator) != shape[0]:", "if False:", P + "a_step_takes_a_list_of_generators"),
-    bug("an adapter that nobody asks", "models/vae.py", 'if type(self.conv) is not nn.Conv2d or self.conv.padding_mode != "zeros":', "if False:", M + "upsampling_by_another_convolution"),
+    bug("an adapter that nobody asks", "models/vae.py", 'if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros" or', "if False and", M + "upsampling_by_another_convolution"),
     bug("a place that is right by the smaller axis", "evaluate.py", "return step == max(abs(across), abs(down))", "return step > 0", E + "a_position_counts_along_the_larger_axis"),
     # --- precision and details of Stable Diffusion
     bug("GroupNorm in bf16", "models/vae.py", "self.norm1 = GroupNorm(norm_num_groups, in_channels, eps=eps)", "self.norm1 = " + NAIVE_NORM, M + "group_norm_in_bf16_with_a_large_mean"),

@@ -149,8 +149,7 @@ def test_a_position_counts_along_the_larger_axis():
     assert asked("a boat above a fish") and not asked("a boat to the left of a fish")
 
 
-@pytest.fixture(scope="module")
-def nothing_drawn(pipe, reader):
+def report_of_nothing(pipe, reader):
     "The report about a model that draws black pictures."
     questions, blank = ev.exam(1), Image.new("RGB", (64, 64))
     readings = [ev.read_pictures(reader, [blank]) for _ in questions]
@@ -158,8 +157,18 @@ def nothing_drawn(pipe, reader):
     return ev.report(done, pipe, reader, ev.small_pixels(Scenes("train")[i]["image"] for i in range(4)), reference_pictures=26)
 
 
-def test_what_a_score_is_compared_with(nothing_drawn, pipe, reader):
-    "Ceiling: renders through the VAE; distances of the model's pictures, of those, and of as many fresh renders; the median of the nearest."
+def test_a_ceiling_is_what_the_vae_returns(pipe, reader, monkeypatch):
+    "Of a VAE that returns black pictures, it is that of the black model; and the renders that distances refer to are others."
+    seeds, draw = [], ev.renders_of
+    monkeypatch.setattr(ev, "through_vae", lambda vae, images: [Image.new("RGB", (64, 64))] * len(images))
+    monkeypatch.setattr(ev, "renders_of", lambda *args, **settings: seeds.append(settings["seed"]) or draw(*args, **settings))
+    scores = report_of_nothing(pipe, reader)["scores"]
+    assert scores["ceiling"]["seen"] == scores["model"]["seen"] and sorted(set(seeds)) == [0, 1]
+
+
+def test_what_a_score_is_compared_with(pipe, reader):
+    "Distances of the model's pictures, of renders through the VAE, and of as many fresh renders; the median of the nearest."
+    nothing_drawn = report_of_nothing(pipe, reader)
     scores, distances = nothing_drawn["scores"], {name: value["fid"] for name, value in nothing_drawn["distances"].items()}
     assert scores["ceiling"]["seen"]["overall"][0] > 80 > scores["model"]["seen"]["overall"][0]
     assert distances["model"] > max(distances["vae"], distances["renders"]) and distances["vae"] != distances["renders"] > 1

@@ -133,12 +133,18 @@ def test_a_subclass_is_saved_as_what_it_is(ours, tmp_path):
     assert load_unet(tmp_path).config == ours.unet.config
 
 
-def test_transformers_pools_where_we_do(ours, tmp_path):
-    save_component(ours.text_encoder, tmp_path)
-    ids = TOKENIZER(CAPTIONS)
+@pytest.mark.parametrize("more", (0, 7))
+def test_transformers_pools_where_we_do(more, rng, tmp_path):
+    "Also where the encoder knows more tokens than the tokenizer makes."
+    encoder, ids = randomize(CLIPTextEncoder(dataclasses.replace(TEXT, vocab_size=N + more)), rng), TOKENIZER(CAPTIONS)
+    save_component(encoder, tmp_path)
     with torch.no_grad():
         pooled = CLIPTextModel.from_pretrained(tmp_path)(ids).pooler_output
-        assert (ours.text_encoder.pool(ids, ours.text_encoder(ids)) - pooled).abs().max() < 1e-5
+        assert (encoder.pool(ids, encoder(ids)) - pooled).abs().max() < 1e-4 < pooled.std()
+
+
+def test_what_is_no_part_is_not_saved(tmp_path):
+    with pytest.raises(TypeError, match="no part of a pipeline: Linear"): save_component(torch.nn.Linear(2, 2), tmp_path)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)

@@ -270,14 +270,15 @@ def test_upsampling_stays_in_autocasts_precision(rng):
         assert Upsample(8)(randn(rng, 2, 8, 6, 5).float()).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("wrapped", (False, True))
-def test_upsampling_by_another_convolution(rng, wrapped):
-    "Pictures that tile, and adapters that learn: what stands in the convolution's place is asked."
-    layer, x = randomize(Upsample(4), rng), randn(rng, 2, 4, 5, 3)
-    if wrapped:
-        layer.conv = torch.nn.Sequential(layer.conv, torch.nn.Conv2d(4, 4, 1).double())
-    else:
-        layer.conv.padding_mode = "circular"
+@pytest.mark.parametrize("change", ("tiles", "wrapped", "forward", "hook", "before"))
+def test_upsampling_by_another_convolution(rng, change):
+    "Pictures that tile, adapters that learn, hooks: what stands in the convolution's place is asked."
+    layer, x, plain = randomize(Upsample(4), rng), randn(rng, 2, 4, 5, 3), torch.nn.Conv2d.forward
+    if change == "tiles": layer.conv.padding_mode = "circular"
+    if change == "wrapped": layer.conv = torch.nn.Sequential(layer.conv, torch.nn.Conv2d(4, 4, 1).double())
+    if change == "forward": layer.conv.forward = lambda x: 2 * plain(layer.conv, x)
+    if change == "hook": layer.conv.register_forward_hook(lambda conv, inputs, out: 2 * out)
+    if change == "before": layer.conv.register_forward_pre_hook(lambda conv, inputs: (2 * inputs[0],))
     close(layer(x), layer.conv(x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)), 1e-12)
 
 
@@ -364,6 +365,7 @@ def test_as_many_timesteps_as_samples(rng):
         with pytest.raises(ValueError, match=f"4 samples need as many timesteps, or one; got {n}"):
             unet(x, torch.rand(n), context)
     assert unet(x[:0], torch.rand(0), context[:0]).shape == x[:0].shape
+    close(unet(x[:2], t := torch.rand(4), context), unet(x[[0, 1, 0, 1]], t, context))  # a time for each text
 
 
 @pytest.mark.parametrize("contexts", (0, 1, 6))

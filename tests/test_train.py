@@ -469,13 +469,16 @@ def test_one_program_in_a_folder(base, tmp_path):
     if child == 0:
         lock = tinydiff.train.lock_folder(tmp_path / "run")
         os.write(tells, b"!")
-        time.sleep(60 + lock.fileno())
-    os.read(hears, 1)
-    with pytest.raises(ValueError, match="another program is training in .*run: wait for its end, stop it, or choose another --out"):
-        train(config)
-    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+        time.sleep(60)
+        os._exit(lock.fileno())
+    try:
+        os.read(hears, 1)
+        with pytest.raises(ValueError, match="another program is training in .*run: wait for its end, stop it, or choose another --out"):
+            train(config)
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
     train(config)
     child = os.fork()
     if child == 0:

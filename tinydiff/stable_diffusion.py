@@ -205,11 +205,13 @@ def vae_from_diffusers(config: dict, folder: Path = Path("vae")) -> VAEConfig:
 def text_to_transformers(config: CLIPTextConfig) -> dict:
     "config.json of transformers' CLIPTextModel."
     end = config.eos_token_id
-    return {"architectures": ["CLIPTextModel"], **asdict(config), "bos_token_id": end - 1, "eos_token_id": end, "pad_token_id": end, **REQUIRED["CLIPTextModel"]}
+    return {"architectures": ["CLIPTextModel"], **asdict(config), "bos_token_id": end - 1, "pad_token_id": end,
+            "eos_token_id": 2,  # as in CLIP's own file: transformers then looks for the largest token, as our `pool` does
+            **REQUIRED["CLIPTextModel"]}
 
 # %% ../nbs/15_stable_diffusion.ipynb #a2bdc336
 def text_from_transformers(config: dict, folder: Path = Path("text_encoder")) -> CLIPTextConfig:
-    "Our config from transformers' config.json. The end token is the vocabulary's last: what CLIP's own file says there (2) is wrong."
+    "Our config from transformers' config.json. Its end token is not asked: that is the largest (CLIP's own file says 2)."
     usual = {"projection_dim": config.get("hidden_size"), "hidden_act": "quick_gelu"}  # old files do not say; the encoder alone has no projection
     ours = make_config(CLIPTextConfig, usual | config, folder)
     check_config({key: config[key] for key in REQUIRED["CLIPTextModel"] if key in config}, REQUIRED["CLIPTextModel"], folder)
@@ -240,7 +242,9 @@ def save_component(model: nn.Module | CLIPTokenizer | Scheduler, folder: str | P
         name, config = "model", {"text_config": asdict(model.text_encoder.config), "vision_config": asdict(model.image_encoder.config)}
     else:
         writers = {UNet: unet_to_diffusers, AutoencoderKL: vae_to_diffusers, CLIPTextEncoder: text_to_transformers}
-        config = next(to_config(model.config) for cls, to_config in writers.items() if isinstance(model, cls))
+        to_config = next((write for cls, write in writers.items() if isinstance(model, cls)), None)
+        if to_config is None: raise TypeError(f"no part of a pipeline: {type(model).__name__}")
+        config = to_config(model.config)
     write_json(folder / "config.json", config)
     weights = {key(k): w.detach().to("cpu", dtype).contiguous() for k, w in model.state_dict().items()}
     save_file(weights, folder / f"{name}.safetensors", metadata={"format": "pt"})

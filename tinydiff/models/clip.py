@@ -112,7 +112,7 @@ class CLIPTextConfig:
 
     @property
     def eos_token_id(self) -> int:
-        "The end of a text is the vocabulary's last token."
+        "The vocabulary's last token ends a text, where the tokenizer has as many."
         return self.vocab_size - 1
 
 # %% ../../nbs/09_clip.ipynb #127593bc
@@ -172,7 +172,7 @@ class CLIPTextEncoder(nn.Module):
         return self.final_layer_norm(x)
 
     def pool(self, ids: Tensor, states: Tensor) -> Tensor:
-        "The state at each caption's first end-of-text token, (batch, hidden_size): it has read the whole caption. That token is the vocabulary's last."
+        "The state at each caption's first end-of-text token, (batch, hidden_size): it has read the whole caption. That token is the largest."
         return states[torch.arange(len(ids), device=ids.device), ids.argmax(dim=1)]
 
 # %% ../../nbs/09_clip.ipynb #a8266f79

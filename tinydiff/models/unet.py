@@ -170,7 +170,7 @@ class UNet(nn.Module):
         context: Tensor,  # (batch or a multiple of it, length, cross_attention_dim) states of the text encoder
     ) -> Tensor:  # (batch, out_channels, height, width); several texts for each sample: text by text
         timesteps = torch.as_tensor(timesteps, device=sample.device)
-        if timesteps.numel() not in (1, len(sample)): raise ValueError(f"{len(sample)} samples need as many timesteps, or one; got {timesteps.numel()}")
+        if timesteps.numel() not in (1, len(sample), len(context)): raise ValueError(f"{len(sample)} samples need as many timesteps, or one; got {timesteps.numel()}")
         if timesteps.numel() > 1: sample, timesteps = repeat_like(sample, context), repeat_like(timesteps, context)
         time = self.time_embedding(timesteps.reshape(-1))
         sample, context = (x.to(self.conv_in.weight.dtype) for x in (sample, context))

@@ -84,8 +84,9 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:  # (batch, channels, height, width) -> (batch, channels, 2 height, 2 width)
-        if type(self.conv) is not nn.Conv2d or self.conv.padding_mode != "zeros":  # an adapter in its place, or pictures that tile
-            return self.conv(F.interpolate(x, scale_factor=2.0))
+        conv = self.conv
+        if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros" or "forward" in vars(conv) or conv._forward_hooks or conv._forward_pre_hooks:
+            return conv(F.interpolate(x, scale_factor=2.0))  # somebody's adapter or hook is asked, too; or pictures shall tile
         padded = F.pad(self.conv.weight, (1, 1, 1, 1))  # not by avg_pool2d: on GPUs its padding has a wrong gradient, channels last (PyTorch issue 188344)
         sums = F.avg_pool2d(padded, 2, stride=1, divisor_override=1)  # (out, in, 4, 4)
         return F.conv_transpose2d(x, sums.flip(2, 3).transpose(0, 1), stride=2, padding=1).add_(self.conv.bias[:, None, None])
