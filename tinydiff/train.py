@@ -147,7 +147,7 @@ class EMA:
 @dataclass(frozen=True)
 class RunOptions:
     "What is trained, and where it is kept."
-    preset: Literal["laptop", "gpu"] = "laptop"  # which defaults; any flag overrides them (in Python, begin with PRESETS["gpu"]; scenes and emoji want flip=False)
+    preset: Literal["laptop", "gpu"] = "laptop"  # which defaults; any flag overrides them (in Python: PRESETS["gpu"], with flip=False for scenes and emoji)
     stage: Literal["vae", "clip", "diffusion", "all"] = "diffusion"
     out: str | None = None  # the run's folder; None: runs/DATASET-SCHEDULER-TIME
     resume: bool = False  # go on with the run in --out
